@@ -1,0 +1,248 @@
+"""What is measured: speed, start-up and memory of one request, each beside the limit of the machine it ran on.
+
+A decoded token reads every weight once and the K/V of its sequence once, so the limit of decode is memory bandwidth, and
+its share is (bytes a token) x (tokens a second) / (bytes a second that plain reads reach). A prefilled token multiplies every
+weight once: its share is 2 x (weights) x (tokens a second) over what one large matrix product reaches. Both limits are
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cupaged.errors import CupagedError, InvalidArgument
+
+if TYPE_CHECKING:
+    from cupaged.llm import LLM
+
+SWEEP_BYTES = 2**31  # several times the largest caches
+PROMPT = "What is the capital of France?"
+
+
+def bench_generate(
+    model: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    runs: int = 5,
+    prompt_tokens: int = 512,
+    tokens: int = 128,
+    report: Callable[[dict], None] = lambda row: None,
+) -> dict:
+    """Measure one request at a time and return the result file of DESIGN.md section 6; `report` gets each row once it is known.
+
+    Rows: time from process start to the first byte on stdout and that process's peak memory (a fresh `cupaged generate`),
+    prefill of `prompt_tokens` fresh random tokens, decode of `tokens` after them; medians of `runs` after one warm-up.
+    """
+    from cupaged import LLM, SamplingParams
+    from cupaged.checkpoint.fetch import resolve
+
+    for name, value in (("runs", runs), ("prompt_tokens", prompt_tokens), ("tokens", tokens)):
+        if value < (2 if name == "tokens" else 1):
+            raise InvalidArgument(f"{name} is {value}; give a larger number")
+    rows: list[dict] = []
+
+    def add(case: str, **figures: float | None) -> None:
+        rows.append({"case": f"{name} {case}", **figures})
+        report(rows[-1])
+
+    resolve(model)  # a download is no part of a start
+    # First the fresh processes: the peak that the system reports for a child counts what its parent held when it was started.
+    options = [
+        "--model",
+        model,
+        "--device",
+        device,
+        "--dtype",
+        dtype,
+        *([] if threads is None else ["--threads", str(threads)]),
+    ]
+    starts = [_fresh_process(options) for _ in range(runs + 1)][1:]
+
+    llm = LLM(
+        model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_model_len=prompt_tokens + tokens,
+        enable_prefix_caching=False,
+        max_num_seqs=1,
+    )
+    name = f"{llm.path.name} {llm.dtype}"
+    add("process start to first token", s=statistics.median(seconds for seconds, _ in starts))
+    add("peak memory", gb=statistics.median(peak for _, peak in starts) / 1e9)
+
+    weight_bytes, kv_bytes = _bytes_per_token(llm)
+    bytes_per_s, flop_per_s = read_limit(llm.device, weight_bytes, threads), product_limit(llm, threads)
+    rng = np.random.default_rng()
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    prefill, decode = [], []
+    for _ in range(runs + 1):
+        ids = rng.integers(0, llm.config.vocab_size, prompt_tokens).tolist()
+        metrics = llm.generate({"prompt_token_ids": ids}, params)[0].metrics
+        prefill.append(metrics.prefill_tok_s)
+        decode.append(metrics.decode_tok_s)
+    prefill_tok_s, decode_tok_s = statistics.median(prefill[1:]), statistics.median(decode[1:])
+    itemsize = 4 if llm.dtype == "float32" else 2
+    add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weight_bytes / itemsize * prefill_tok_s / flop_per_s)
+    bytes_per_token = weight_bytes + kv_bytes * (prompt_tokens + tokens / 2)
+    add(f"decode {tokens} after {prompt_tokens}", tok_s=decode_tok_s, share=bytes_per_token * decode_tok_s / bytes_per_s)
+    return {
+        "machine": _machine(llm.device, threads),
+        "limit_tbps": bytes_per_s / 1e12,
+        "limit_tflops": flop_per_s / 1e12,
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+
+
+def _bytes_per_token(llm: LLM) -> tuple[int, int]:
+    """Bytes of weights that one decoded token reads, and bytes of K/V for each token before it."""
+    from cupaged.checkpoint.weights import expected_tensors
+    from cupaged.engine.kv_pool import kv_bytes_per_token
+
+    shapes = expected_tensors(llm.config)
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    if not llm.config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
+        count -= int(np.prod(shapes["model.embed_tokens.weight"]))
+    return count * (4 if llm.dtype == "float32" else 2), kv_bytes_per_token(llm.config, llm.dtype)
+
+
+# ---- a fresh process
+
+
+def _fresh_process(options: list[str]) -> tuple[float, int]:
+    """Seconds from the start of `cupaged generate` to its first byte on stdout, and its peak resident bytes after 32 tokens."""
+    command = [sys.executable, "-m", "cupaged", "generate", *options, "--stream", "--max-tokens", "32", "--prompt", PROMPT]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        seconds = time.perf_counter() - start
+        if sys.platform == "win32":
+            import psutil
+
+            with contextlib.suppress(psutil.Error):
+                peak = psutil.Process(process.pid).memory_info().peak_wset
+        process.stdout.read()
+        errors = process.stderr.read().decode(errors="replace").strip()
+        if sys.platform != "win32":
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if process.returncode != 0:
+        raise CupagedError(
+            errors.splitlines()[-1].removeprefix("cupaged: ") if errors else "`cupaged generate` failed; run it alone"
+        )
+    return seconds, peak
+
+
+# ---- the machine's limits
+
+
+def read_limit(device: str, model_bytes: int, threads: int | None = None) -> float:
+    """Bytes a second that plain reads of the device's memory reach, the best of several ways and sizes.
+
+    CPU: a matrix-vector product by BLAS and one dot product a thread, over 2 GiB and over as much as the model's weights.
+    The second size matters where a shared L3 of hundreds of MB keeps a part of the weights from one token to the next: no
+    figure of decode may then be held to memory alone. GPU: a sum over 8 GiB, or half of what is free.
+    """
+    if device != "cpu":
+        return _gpu_read_limit(int(device.partition(":")[2] or 0))
+    import psutil
+    from threadpoolctl import threadpool_limits
+
+    threads = threads or os.cpu_count()
+    best = 0.0
+    for size in (min(SWEEP_BYTES, psutil.virtual_memory().available // 2), model_bytes):
+        matrix = np.ones((max(size // 4096 // threads, 1) * threads, 1024), np.float32)
+        parts = matrix.reshape(threads, -1)
+        with threadpool_limits(threads):
+            best = max(best, matrix.nbytes / _best_seconds(lambda m=matrix: m @ m[0]))
+        with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+            best = max(
+                best, matrix.nbytes / _best_seconds(lambda p=parts, pool=pool: list(pool.map(lambda part: part @ part, p)))
+            )
+    return best
+
+
+def _gpu_read_limit(index: int) -> float:
+    import cupy
+
+    with cupy.cuda.Device(index):
+        x = cupy.ones(min(2**33, cupy.cuda.runtime.memGetInfo()[0] // 2) // 4, cupy.float32)
+
+        return x.nbytes / _best_seconds(lambda: x.sum().get())
+
+
+def product_limit(llm: LLM, threads: int | None = None) -> float:
+    """Floating-point operations a second of one large matrix product in the model's dtype, by the library that prefill uses."""
+    from threadpoolctl import threadpool_limits
+
+    if llm.device == "cpu":
+        from cupaged.ops import numpy as ops
+    else:
+        from cupaged.ops import cuda as ops
+    n = 2048 if llm.device == "cpu" else 8192
+    with ops.device(int(llm.device.partition(":")[2] or 0)), threadpool_limits(threads):
+        a = ops.upload(np.ones((n, n), np.float32), llm.dtype)
+        row = ops.upload(np.zeros(1, np.int32))
+        return 2 * n**3 / _best_seconds(lambda: ops.download(ops.embedding(row, ops.linear(a, a))))
+
+
+def _best_seconds(action: Callable[[], object], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up, and the best is never the first touch of the memory
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _machine(device: str, threads: int | None) -> str:
+    if device != "cpu":
+        import cupy
+
+        properties = cupy.cuda.runtime.getDeviceProperties(int(device.partition(":")[2] or 0))
+        return properties["name"].decode()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {threads or os.cpu_count()} threads, {platform.system()}, Python {platform.python_version()}"
+
+
+# ---- results
+
+
+def format_row(row: dict) -> str:
+    """One line of the table."""
+    unit, text = next((u, t) for u, t in (("tok_s", "tok/s"), ("s", "s"), ("gb", "GB")) if u in row)
+    share = f"{row['share']:7.0%} of the limit" if "share" in row else ""
+    return f"{row['case']:60} {row[unit]:10.2f} {text:6}{share}".rstrip()
+
+
+def save(result: dict, output: str) -> Path:
+    """Write a result file; a folder gets it under the usual name: cpu.json, or generate_<gpu>.json."""
+    path = Path(output)
+    if path.is_dir():
+        on_cpu = " threads, " in result["machine"]
+        path /= "cpu.json" if on_cpu else f"generate_{result['machine'].removeprefix('NVIDIA ').split()[0].lower()}.json"
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"cannot write {path}: {error.strerror}; give --output a file in a folder that exists") from error
+    return path

@@ -1,0 +1,168 @@
+"""tokenizer.json and its companions: text <-> token ids, and conversations -> prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import index
+from pathlib import Path
+
+import tokenizers
+
+from cupaged.checkpoint.chat_template import find_chat_template, render
+from cupaged.checkpoint.config import read_json
+from cupaged.errors import CheckpointError, InvalidArgument
+
+_INCOMPLETE = "\ufffd"  # what bytes that do not (yet) make a character decode to
+
+
+class Tokenizer:
+    """The tokenizer of a model.
+
+    Attributes:
+        vocab_size: ids lie in [0, vocab_size), added tokens included. A model's own vocabulary may be larger (padding).
+        chat_template: the Jinja source, or None for a model without one.
+    """
+
+    vocab_size: int
+    chat_template: str | None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read tokenizer.json and, where present, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        Raises:
+            CheckpointError: tokenizer.json is missing, or one of the files is broken.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise _no_tokenizer(folder)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except BaseException as error:  # tokenizers raises bare Exception, and panics (a BaseException) on some files
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path} is not a valid tokenizer: {reason}. Download the file again.") from error
+        companions = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+        settings = [read_json(companion) if companion.exists() else {} for companion in companions]
+        special = {}
+        for values in reversed(settings):  # tokenizer_config.json wins
+            special.update(_special_tokens(values))
+        return cls(tokenizer, find_chat_template(folder, settings[0]), special)
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]) -> None:
+        # Files may carry the truncation and padding of some training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+        self._special_ids = frozenset(id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        # One more than the largest id: the count of tokens is smaller where ids have gaps.
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.chat_template = chat_template
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; `add_special_tokens`: with the BOS and the like that the model wants around a raw prompt."""
+        if not isinstance(text, str):
+            raise InvalidArgument(f"A text is expected, not {type(text).__name__}. Give a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"The text holds a lone surrogate at character {error.start}. Give text that can be written as UTF-8."
+            ) from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        ids = list(ids)
+        for id_ in ids:
+            try:
+                inside = 0 <= index(id_) < self.vocab_size
+            except TypeError:
+                inside = False
+            if not inside:
+                raise InvalidArgument(
+                    f"The token id {id_!r} is not in the vocabulary. Give integers from 0 to {self.vocab_size - 1}."
+                )
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
+        """A decoder for ids that arrive one by one."""
+        return DecodeStream(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its exact name; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The prompt that the chat template makes of [{"role": ..., "content": ...}, ...].
+
+        Raises:
+            InvalidArgument: there is no template, it refuses the messages, or it fails.
+        """
+        if self.chat_template is None:
+            raise InvalidArgument("The model has no chat template. Send a raw prompt, or choose an instruction-tuned model.")
+        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **self._special_tokens)
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """Token ids of the rendered chat, ready to be answered. The template has written the BOS, so none is added."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+
+class DecodeStream:
+    """Text of ids that arrive one by one, in whole characters.
+
+    tokenizers.decoders.DecodeStream would serve but for vocabularies with byte fallback (Llama 2, Mistral): an invalid byte
+    after a valid one changes how the run of bytes before it decodes, on which 0.23 raises "Invalid prefix encountered".
+    Here the text shown is never taken back, and what follows is counted from its length.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._ids: list[int] = []  # the tokens of the piece before (a decoder may strip the space of the very first) and since
+        self._num_before = 0  # how many of them belong to the piece before
+        self._num_shown = 0  # characters of their text that were returned
+
+    def step(self, token_id: int) -> str | None:
+        """The text that this token completes; None if it completes no character.
+
+        An id without a token (the model's vocabulary may be larger than the tokenizer's) has no text.
+        """
+        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
+            return None
+        self._ids.append(token_id)
+        text = self._decode()
+        whole = text.rstrip(_INCOMPLETE)
+        piece = whole[self._num_shown :]
+        if not piece:
+            return None
+        self._num_shown = len(whole)
+        if whole == text:
+            self._ids = self._ids[self._num_before :]
+            self._num_before = len(self._ids)
+            self._num_shown = len(self._decode())
+        return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False)
+
+
+def _special_tokens(values: dict) -> dict[str, str]:
+    """bos_token, eos_token, ...: each a string or {"content": string}; others are left out."""
+    contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in contents.items() if key.endswith("_token") and isinstance(value, str)}
+
+
+def _no_tokenizer(folder: Path) -> CheckpointError:
+    if not folder.is_dir():
+        return CheckpointError(f"{folder} is not a folder. Give the folder of a model in Hugging Face format.")
+    other = [name for name in ("tokenizer.model", "tekken.json", "vocab.json") if (folder / name).exists()]
+    if other:
+        return CheckpointError(
+            f"{folder} holds {other[0]}, but no tokenizer.json. "
+            "Write one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    return CheckpointError(f"{folder} holds no tokenizer.json. Download it from where the model comes from.")

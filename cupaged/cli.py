@@ -1,0 +1,447 @@
+"""The command line: arguments in, text out. Answers go to stdout and everything else to stderr.
+
+Exit codes: 0 done, 1 failed, 2 an option, a file or a prompt that cannot be used as given, 130 interrupted (Ctrl-C).
+An error is one line on stderr, "cupaged: " and what is wrong; -vv adds the traceback. A reader that closes the
+pipe (`| head`) ends the program quietly, with 0. Whatever costs time is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from cupaged.errors import CupagedError, InvalidArgument
+from cupaged.version import __version__
+
+if TYPE_CHECKING:
+    from cupaged.engine.outputs import RequestOutput
+    from cupaged.llm import LLM
+    from cupaged.model.sampling import SamplingParams
+
+logger = logging.getLogger("cupaged")
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_SAMPLING = {  # option -> (type, what it does); an option that is not given follows the model's generation_config.json
+    "max_tokens": (int, "the most tokens to generate (default: until the model ends or its context is full)"),
+    "temperature": (float, "0 takes the most probable token, larger values vary more"),
+    "top_k": (int, "draw from the K most probable tokens (0: all)"),
+    "top_p": (float, "draw from the fewest tokens whose probabilities sum to P"),
+    "min_p": (float, "draw from tokens at least P times as probable as the most probable"),
+    "repetition_penalty": (float, "above 1: tokens already seen become less likely"),
+    "presence_penalty": (float, "subtracted from the logits of tokens already generated"),
+    "frequency_penalty": (float, "subtracted once for each time a token was generated"),
+    "seed": (int, "makes the draws repeatable"),
+}
+_JSON_KEYS = """\
+--json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
+a --stop string came, "length": --max-tokens or the context was reached), model, device, dtype, and stats: load_s,
+time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
+kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    args = None
+    try:
+        _prepare_streams()
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit:  # argparse has printed the help or the version
+            write("")
+            return 0
+        with _logging_to_stderr(args):
+            args.run(args)
+        write("")
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stdout if sys.stdout.isatty() else sys.stderr)  # leave the line that was begun
+        return 130
+    except BrokenPipeError:
+        _abandon_stdout()
+        return 0
+    except Exception as error:
+        if getattr(args, "verbose", 0) >= 2:
+            traceback.print_exc()
+        print(f"cupaged: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidArgument) else 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, CupagedError):
+        return text
+    if isinstance(error, MemoryError):
+        return f"out of memory{text and f' ({text})'}; use a smaller model, --max-model-len or --kv-memory"
+    if isinstance(error, OSError):
+        return text
+    return f"internal error: {type(error).__name__}: {text}; run with -vv for the traceback"
+
+
+def _prepare_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller; print() would fail or go to the other stream
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a test's StringIO has no encoding to fail
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _logging_to_stderr(args: argparse.Namespace) -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("cupaged: %(message)s"))
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR if args.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(args.verbose, 2)])
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+        logger.setLevel(logging.NOTSET)
+
+
+def write(text: str) -> None:
+    """Put text, and what waits in the buffer, on stdout now.
+
+    Raises BrokenPipeError when nobody reads it any more, and an OSError that names stdout for any other failure.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _abandon_stdout()
+        if error.errno in (errno.EPIPE, errno.EINVAL):  # Windows calls a closed pipe EINVAL
+            raise BrokenPipeError from error
+        raise OSError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _abandon_stdout() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's flush at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+# ---- the parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InvalidArgument(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cupaged",
+        description="Run Llama-family models through paged attention, on the CPU or an NVIDIA GPU.",
+        epilog="exit codes: 0 done, 1 failed, 2 an option, file or prompt that cannot be used as given, 130 interrupted",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cupaged {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run, name: str, summary: str, **kwargs: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
+        sub.set_defaults(run=run)
+        level = sub.add_mutually_exclusive_group()
+        level.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; -vv: tracebacks too")
+        level.add_argument("-q", "--quiet", action="store_true", help="only errors on stderr")
+        return sub
+
+    sub = command(
+        _generate,
+        "generate",
+        "Answer one prompt.",
+        epilog=_JSON_KEYS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = sub.add_argument_group("prompt (default: stdin, where that is not a terminal)")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text, less one newline at its end; - is stdin")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--chat", action="store_true", help="through the model's chat template (the default when it has one)")
+    form.add_argument("--raw", action="store_true", help="the text as it is, for the model to continue")
+    group.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
+    _add_model_options(sub)
+    _add_sampling_options(sub)
+    group = sub.add_argument_group("output")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (the default on a terminal)"
+    )
+    form.add_argument("--json", action="store_true", help="one JSON object instead of the text; keys below")
+    group.add_argument("--stats", action="store_true", help="times and pool use, on stderr")
+
+    sub = command(_chat, "chat", "Talk with a model in the terminal; /help there lists what can be typed.")
+    sub.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
+    sub.add_argument(
+        "--stats", action="store_true", help="after each answer: prompt tokens, cached tokens and speed, on stderr"
+    )
+    _add_model_options(sub)
+    _add_sampling_options(sub)
+
+    sub = command(_fetch, "fetch", "Download a model if it is not there yet, and print its folder.")
+    sub.add_argument("model", metavar="NAME", help=f"a known name ({DEFAULT_MODEL}) or ORG/NAME on the Hugging Face hub")
+
+    sub = command(_info, "info", "Print a model's geometry and sizes, and what context fits where.")
+    sub.add_argument("model", metavar="MODEL", help="known name, folder, or ORG/NAME on the Hugging Face hub")
+    sub.add_argument("--dtype", default="auto", metavar="TYPE", help="as for generate (default: auto, for each device its own)")
+    sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+
+    sub = command(
+        _bench, "bench", "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
+    )
+    sub.add_argument("what", choices=["generate"], help="generate: prefill, decode, start-up and memory of one request")
+    sub.add_argument(
+        "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
+    )
+    sub.add_argument("--runs", type=int, default=5, help="repetitions, of which the median counts (default: 5)")
+    sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
+    sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
+    _add_model_options(sub, pool=False)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, pool: bool = True) -> None:
+    group = parser.add_argument_group("model and device")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
+    )
+    group.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
+    )
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    if pool:
+        group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
+        group.add_argument(
+            "--kv-memory", metavar="SIZE", help="memory of the KV pool: 512MB, 2GiB or bytes (default: from free memory)"
+        )
+        group.add_argument(
+            "--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)"
+        )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (default: the model's generation_config.json, else the most probable token)")
+    for name, (kind, what) in _SAMPLING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=what)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+
+
+# ---- the commands
+
+
+def _generate(args: argparse.Namespace) -> None:
+    sampling = _sampling(args)
+    if args.raw and args.system is not None:
+        raise InvalidArgument("--system has no place in a raw prompt; leave out --raw or write the message into the prompt")
+    prompt, system = _prompt(args), _text(args.system, "--system")
+    llm = _load(args)
+    params = _params(llm, sampling)
+    if not args.raw and llm.tokenizer.chat_template is None and (args.chat or system is not None):
+        raise InvalidArgument(f"{llm.path.name} has no chat template; use --raw, without --system")
+    if not args.raw and llm.tokenizer.chat_template is not None:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        prompt = {"prompt_token_ids": llm.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])}
+
+    streaming = sys.stdout.isatty() if args.stream is None else args.stream
+    streaming = streaming and not args.json
+    with contextlib.closing(llm.stream(prompt, params)) as stream:
+        for delta in stream:
+            if streaming:
+                write(delta)
+        output = stream.output
+    if args.json:
+        write(json.dumps(_as_json(llm, output)) + "\n")
+    else:
+        write("\n" if streaming else output.outputs[0].text + "\n")
+    if args.stats:
+        print(_stats_table(llm, output), file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from cupaged.chat import chat
+
+    sampling = _sampling(args)
+    system = _text(args.system, "--system")
+    llm = _load(args)
+    chat(llm, _params(llm, sampling), write, system=system, stats=args.stats)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from cupaged.checkpoint.fetch import resolve
+
+    write(f"{resolve(args.model)}\n")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from cupaged.info import as_text, describe
+
+    facts = describe(args.model, args.dtype)
+    write((json.dumps(facts) if args.json else as_text(facts)) + "\n")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from cupaged.bench import bench_generate, format_row, save
+
+    if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):  # now, not after a minute
+        raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
+    result = bench_generate(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+        runs=args.runs,
+        prompt_tokens=args.prompt_tokens,
+        tokens=args.tokens,
+        report=lambda row: write(format_row(row) + "\n"),
+    )
+    if args.output is not None:
+        print(f"cupaged: wrote {save(result, args.output)}", file=sys.stderr)
+
+
+# ---- from arguments to objects
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, object]:
+    """The sampling options that were given, checked before a model is fetched or loaded for them."""
+    from cupaged import SamplingParams
+
+    for stop in args.stop or ():
+        _text(stop, "--stop")
+    given = {name: getattr(args, name) for name in (*_SAMPLING, "stop") if getattr(args, name) is not None}
+    SamplingParams(**given)
+    return given
+
+
+def _params(llm: LLM, sampling: dict[str, object]) -> SamplingParams:
+    params = llm.default_sampling_params(**sampling)
+    idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p", "seed") if name in sampling]
+    if params.temperature == 0 and idle:
+        logger.warning("%s: no effect at temperature 0, where nothing is drawn; give --temperature", ", ".join(idle))
+    return params
+
+
+def _load(args: argparse.Namespace) -> LLM:
+    from cupaged import LLM
+
+    return LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+        max_model_len=args.max_model_len,
+        kv_memory=args.kv_memory,
+        block_size=args.block_size,
+        max_num_seqs=1,
+    )
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        prompt = _text(args.prompt, "--prompt")
+    elif args.prompt_file not in (None, "-"):
+        try:
+            with open(args.prompt_file, encoding="utf-8-sig") as file:
+                prompt = file.read()
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"{args.prompt_file} is not UTF-8 text ({error}); convert it to UTF-8") from error
+        except OSError as error:
+            raise InvalidArgument(
+                f"cannot read {args.prompt_file}: {error.strerror}; give a text file that is readable"
+            ) from error
+    else:
+        if args.prompt_file is None and sys.stdin.isatty():
+            raise InvalidArgument("no prompt; give --prompt TEXT, --prompt-file FILE, or text on stdin")
+        try:
+            with contextlib.suppress(AttributeError):
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"stdin is not UTF-8 text ({error}); convert it to UTF-8") from error
+    if args.prompt is None:
+        prompt = prompt.removesuffix("\n")
+    if not prompt.strip():
+        raise InvalidArgument("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or text on stdin")
+    return prompt
+
+
+def _text(value: str | None, option: str) -> str | None:
+    """The value, refused where the command line held bytes that are no text (Python keeps them as lone surrogates)."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{option} is not valid text in this locale's encoding; give it as UTF-8") from error
+    return value
+
+
+# ---- from objects to text
+
+
+def _as_json(llm: LLM, output: RequestOutput) -> dict[str, object]:
+    answer, metrics, pool = output.outputs[0], output.metrics, llm.pool_stats()
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "prompt_tokens": metrics.num_prompt_tokens,
+        "finish_reason": answer.finish_reason,
+        "model": str(llm.path),
+        "device": llm.device,
+        "dtype": llm.dtype,
+        "stats": {
+            "load_s": llm.load_seconds,
+            "time_to_first_token_s": _finite(metrics.time_to_first_token),
+            "prefill_tok_s": _finite(metrics.prefill_tok_s),
+            "decode_tok_s": _finite(metrics.decode_tok_s),
+            "cached_tokens": metrics.num_cached_tokens,
+            "generated_tokens": metrics.num_generated_tokens,
+            "kv_blocks": pool.num_blocks,
+            "kv_blocks_peak": pool.peak_used_blocks,
+            "kv_block_size": pool.block_size,
+            "kv_bytes": pool.bytes,
+        },
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: what was not measured is null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _stats_table(llm: LLM, output: RequestOutput) -> str:
+    from cupaged.info import format_bytes
+
+    stats = _as_json(llm, output)["stats"]
+
+    def speed(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f} tok/s"
+
+    first = stats["time_to_first_token_s"]
+    rows = [
+        ("model", llm.path.name, f"{llm.dtype} on {llm.device}"),
+        ("load", f"{stats['load_s']:.2f} s", ""),
+        ("first token", "-" if first is None else f"{first:.2f} s", "after the prompt was given"),
+        ("prefill", speed(stats["prefill_tok_s"]), f"{output.metrics.num_prompt_tokens} prompt tokens"),
+        ("decode", speed(stats["decode_tok_s"]), f"{stats['generated_tokens']} tokens"),
+        (
+            "KV pool",
+            f"{stats['kv_blocks_peak']} of {stats['kv_blocks']} blocks",
+            f"at the peak; {stats['kv_block_size']} tokens each, {format_bytes(stats['kv_bytes'])} in all",
+        ),
+    ]
+    width = max(len(value) for _, value, _ in rows)
+    return "\n".join(f"{name:12} {value:>{width}}  {remark}".rstrip() for name, value, remark in rows)

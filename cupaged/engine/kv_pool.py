@@ -1,0 +1,78 @@
+"""The KV pool: two arrays on the device, and how large they may be."""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import numpy as np
+
+from cupaged.checkpoint.config import ModelConfig
+from cupaged.errors import InvalidArgument, OutOfMemory
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_CPU_SHARE = 0.25  # of the memory that is free: the rest of the machine is in use by others
+
+
+class KVPool:
+    """`k` and `v`, each `[num_layers, num_kv_heads, num_blocks, block_size, head_dim]`."""
+
+    def __init__(self, ops: ModuleType, config: ModelConfig, dtype: str, num_blocks: int, block_size: int) -> None:
+        shape = (config.num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        self.k, self.v = ops.empty(shape, dtype), ops.empty(shape, dtype)
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.bytes = self.k.nbytes + self.v.nbytes
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Bytes of K and V that one token keeps, over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * (4 if dtype == "float32" else 2)
+
+
+def parse_bytes(size: int | str) -> int:
+    """4096, "4096", "24MB" (10^6), "24MiB" (2^20), "1.5GB" -> bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise InvalidArgument(f"kv_memory is {size!r}; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def blocks_that_fit(
+    ops: ModuleType,
+    config: ModelConfig,
+    dtype: str,
+    block_size: int,
+    max_tokens: int,
+    kv_memory: int | str | None,
+    gpu_memory_utilization: float,
+    activation_bytes: int,
+) -> int:
+    """Number of blocks of the pool, block 0 included, once the weights are on the device.
+
+    `kv_memory` decides if given. Otherwise it is what `max_tokens` tokens need, at most a quarter of the free memory of a CPU, or
+    what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `activation_bytes`.
+    """
+    block_bytes = kv_bytes_per_token(config, dtype) * block_size
+    free, total = ops.free_memory()
+    if kv_memory is not None:
+        budget = parse_bytes(kv_memory)
+        if budget < 2 * block_bytes:
+            raise InvalidArgument(
+                f"kv_memory of {budget} bytes holds no block: one takes {block_bytes} and another is reserved; give {2 * block_bytes} or more"
+            )
+        if budget > free:
+            raise OutOfMemory(f"kv_memory asks for {budget / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; ask for less")
+        return budget // block_bytes
+    on_cpu = "float32" in ops.DTYPES
+    budget = int(free * _CPU_SHARE) if on_cpu else free - int(total * (1 - gpu_memory_utilization)) - activation_bytes
+    if budget < 2 * block_bytes:
+        raise OutOfMemory(
+            f"{free / 1e9:.2f} GB of memory are left beside the weights, too little for a KV pool; free memory or take a smaller model"
+        )
+    return int(min(budget // block_bytes, -(-max_tokens // block_size) + 1))
+
+
+def check_block_size(block_size: int) -> None:
+    """InvalidArgument unless `block_size` is a power of two from 1 to 256."""
+    if not isinstance(block_size, (int, np.integer)) or block_size not in [2**i for i in range(9)]:
+        raise InvalidArgument(f"block_size is {block_size!r}; give a power of two from 1 to 256")

@@ -1,0 +1,117 @@
+"""What a model is, and how long a context fits on the devices of this machine; no weight is read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import ModuleType, SimpleNamespace
+
+from cupaged.checkpoint.config import ModelConfig, load_config
+from cupaged.checkpoint.fetch import resolve
+from cupaged.checkpoint.weights import expected_tensors, open_weights
+from cupaged.engine.kv_pool import blocks_that_fit, kv_bytes_per_token
+from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
+
+_BLOCK_SIZE = 16
+
+
+def describe(model: str, dtype: str = "auto") -> dict:
+    """Geometry (the fields of ModelConfig), parameters, weights_bytes and weights_dtype on disk, and `devices`.
+
+    A device that can run the model has the keys device, dtype, free_bytes, weights_bytes, kv_bytes_per_token, and context: the
+    tokens that its KV pool would hold by default beside the weights, at most what the model was made for. Another has device
+    and error. `dtype` as for LLM: "auto" gives each device its own; a device that cannot compute in it is left out.
+    """
+    folder = resolve(model)
+    config = load_config(folder)
+    weights = open_weights(folder, config)
+    parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
+    devices, known = [], {"auto"}
+    for device, ops in _devices():
+        if isinstance(ops, str):
+            devices.append({"device": device, "error": ops})
+            continue
+        known |= set(ops.DTYPES)
+        chosen = dtype if dtype != "auto" else weights.dtype if weights.dtype in ops.DTYPES else ops.DTYPES[0]
+        if chosen in ops.DTYPES:
+            devices.append({"device": device, "dtype": chosen, **_fit(config, parameters, chosen, ops)})
+    if dtype not in known:
+        raise InvalidArgument(f"dtype is {dtype!r}; on this machine give {', '.join(sorted(known))}")
+    geometry = {key: value for key, value in asdict(config).items() if key != "dtype"}
+    sizes = {"parameters": parameters, "weights_bytes": weights.num_bytes, "weights_dtype": weights.dtype}
+    return {"model": str(folder), **geometry, **sizes, "devices": devices}
+
+
+def _devices() -> Iterator[tuple[str, ModuleType | str]]:
+    """The operations of the CPU and of each GPU (entered while it is looked at), or why the first GPU cannot be used."""
+    from cupaged.ops import numpy as cpu
+
+    yield "cpu", cpu
+    for index in itertools.count():
+        try:
+            from cupaged.cuda import jit
+
+            jit.check_device(index)
+        except DeviceError as error:
+            if index == 0:
+                yield "cuda", str(error)
+            return
+        from cupaged.ops import cuda
+
+        with cuda.device(index):
+            yield f"cuda:{index}", cuda
+
+
+def _fit(config: ModelConfig, parameters: int, dtype: str, ops: ModuleType) -> dict:
+    free, total = ops.free_memory()
+    weights_bytes = parameters * (4 if dtype == "float32" else 2)
+    loaded = SimpleNamespace(DTYPES=ops.DTYPES, free_memory=lambda: (free - weights_bytes, total))
+    longest = config.max_position_embeddings
+    try:
+        blocks = blocks_that_fit(loaded, config, dtype, _BLOCK_SIZE, longest, None, 0.9, activation_bytes=0)
+    except OutOfMemory:
+        blocks = 1  # the one that the pool keeps for itself
+    return {
+        "free_bytes": free,
+        "weights_bytes": weights_bytes,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "context": min((blocks - 1) * _BLOCK_SIZE, longest),
+    }
+
+
+def as_text(facts: dict) -> str:
+    """What `describe` returns, as a table to read."""
+    windows = sorted({window for window in facts["sliding_windows"] if window is not None})
+    rope = facts["rope"]
+    scaled = "" if rope["type"] == "default" else f", scaled: {rope['type']} by {rope['factor']:g}"
+    rows = [
+        ("model", f"{facts['architecture']} in {facts['model']}"),
+        ("layers", f"{facts['num_layers']}, {facts['hidden_size']} wide, FFN {facts['intermediate_size']}"),
+        ("attention", f"{facts['num_heads']} heads of {facts['head_dim']}, {facts['num_kv_heads']} of them for K and V"),
+        ("sliding window", " and ".join(map(str, windows)) + " tokens" if windows else "none"),
+        ("context", f"{facts['max_position_embeddings']} tokens (RoPE theta {rope['theta']:g}{scaled})"),
+        ("vocabulary", f"{facts['vocab_size']}{', output tied to input' if facts['tie_word_embeddings'] else ''}"),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("weights", f"{format_bytes(facts['weights_bytes'])} in {facts['weights_dtype']}"),
+    ]
+    table = [("device", "dtype", "free", "weights", "KV a token", "context that fits")]
+    for device in facts["devices"]:
+        if "error" not in device:
+            sizes = [format_bytes(device[key]) for key in ("free_bytes", "weights_bytes", "kv_bytes_per_token")]
+            whole = " (whole)" if device["context"] == facts["max_position_embeddings"] else ""
+            table.append((device["device"], device["dtype"], *sizes, f"{device['context']} tokens{whole}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{name:16}{value}" for name, value in rows]
+    lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)]
+    return "\n".join(lines + [f"{d['device']:{widths[0]}}  {d['error']}" for d in facts["devices"] if "error" in d])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units with three digits: 538 MB, 1.24 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

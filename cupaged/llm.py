@@ -1,0 +1,336 @@
+"""The front door: a model folder in, text out."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import threadpoolctl
+
+from cupaged.checkpoint.config import ModelConfig, load_config, load_generation_config
+from cupaged.checkpoint.fetch import resolve
+from cupaged.checkpoint.tokenizer import Tokenizer
+from cupaged.checkpoint.weights import expected_tensors, open_weights
+from cupaged.engine.engine import Engine
+from cupaged.engine.kv_pool import KVPool, blocks_that_fit, check_block_size
+from cupaged.engine.outputs import RequestOutput
+from cupaged.errors import DeviceError, InvalidArgument
+from cupaged.model.llama import Llama
+from cupaged.model.sampling import SamplingParams
+
+logger = logging.getLogger("cupaged")
+
+Prompt = str | Sequence[int] | dict
+Message = dict[str, str]
+
+
+@dataclass
+class PoolStats:
+    """The KV pool in blocks (of `block_size` tokens) and bytes; cached blocks are free ones whose content can be reused."""
+
+    num_blocks: int
+    block_size: int
+    bytes: int
+    used_blocks: int
+    peak_used_blocks: int
+    cached_blocks: int
+
+
+class LLM:
+    """A Llama-family model ready to generate.
+
+    Args:
+        model: a name that `cupaged fetch` knows, a Hugging Face folder, or `ORG/NAME` on the Hugging Face hub.
+        tokenizer: another folder to take the tokenizer from.
+        device: "cpu", "cuda", "cuda:N", or "auto": the first GPU if it can be used, else the CPU.
+        dtype: "float32" on the CPU; "bfloat16" or "float16" on a GPU; "auto": on a GPU what the weights are, else bfloat16.
+        block_size: tokens in a block of the KV pool, a power of two from 1 to 256.
+        max_model_len: tokens of prompt and completion together; default: as far as the model was made for and the pool reaches.
+        max_num_seqs, max_num_batched_tokens: sequences and tokens computed in one step, at most.
+        kv_memory: bytes of the KV pool, as a number or like "24MB"; default: enough for max_num_seqs full sequences,
+            within a quarter of the free memory of the CPU or gpu_memory_utilization.
+        gpu_memory_utilization: share of a GPU's memory that weights and pool may take.
+        load_format: "auto", or "dummy" for random weights (to measure speed without a download; config.json suffices).
+        enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
+        seed: of the draws of requests that bring no seed.
+        threads: of the CPU's matrix products; default: all cores.
+
+    Raises:
+        InvalidArgument, CheckpointError, FetchError, DeviceError, OutOfMemory: each one line of cause and remedy.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        block_size: int = 16,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        kv_memory: int | str | None = None,
+        gpu_memory_utilization: float = 0.9,
+        load_format: str = "auto",
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        threads: int | None = None,
+        **unsupported: object,
+    ) -> None:
+        if unsupported:
+            raise InvalidArgument(f"LLM has no argument {', '.join(sorted(unsupported))}; help(cupaged.LLM) lists those it has")
+        check_block_size(block_size)
+        for name, value in [
+            ("max_model_len", max_model_len),
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+            ("threads", threads),
+        ]:
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise InvalidArgument(f"gpu_memory_utilization is {gpu_memory_utilization!r}; give a share above 0 and at most 1")
+        if load_format not in ("auto", "dummy"):
+            raise InvalidArgument(f"load_format is {load_format!r}; give 'auto' or 'dummy'")
+        started = time.perf_counter()
+        if threads is not None:
+            threadpoolctl.threadpool_limits(threads, "blas")
+        ops, device_index = _select_device(device)
+        self.device = "cpu" if device_index is None else f"cuda:{device_index}"
+        self._device = ops.device(device_index or 0)
+
+        self.path = resolve(str(model))
+        self.config: ModelConfig = load_config(self.path)
+        self.generation_config = load_generation_config(self.path)
+        self.tokenizer = Tokenizer.from_folder(self.path if tokenizer is None else resolve(str(tokenizer)))
+        weights = _DummyWeights(self.config) if load_format == "dummy" else open_weights(self.path, self.config)
+        self.dtype = _select_dtype(dtype, weights.dtype, ops)
+        longest = max_model_len or self.config.max_position_embeddings
+        if longest > self.config.max_position_embeddings:
+            logger.warning("max_model_len %d is beyond the %d the model was made for", longest, self.config.max_position_embeddings)
+        step_tokens = max_num_batched_tokens or (512 if device_index is None else 2048)
+        with self._device:
+            llama = Llama(self.config, weights, ops, self.dtype, longest)
+            num_blocks = blocks_that_fit(
+                ops,
+                self.config,
+                self.dtype,
+                block_size,
+                max_num_seqs * longest,
+                kv_memory,
+                gpu_memory_utilization,
+                _activation_bytes(self.config, step_tokens, max_num_seqs),
+            )
+            pool = KVPool(ops, self.config, self.dtype, num_blocks, block_size)
+        capacity = (num_blocks - 1) * block_size
+        if capacity < longest:
+            if max_model_len is not None:
+                raise InvalidArgument(
+                    f"max_model_len is {max_model_len} and the KV pool holds {capacity} tokens; lower it or raise kv_memory"
+                )
+            logger.info("the KV pool holds %d tokens: the context ends there, not at the model's %d", capacity, longest)
+        self.max_model_len = min(longest, capacity)
+        eos = self.generation_config.get("eos_token_id", self.config.eos_token_ids)
+        self.engine = Engine(
+            llama,
+            self.tokenizer,
+            pool,
+            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+            max_model_len=longest,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=step_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+        )
+        self.load_seconds = time.perf_counter() - started
+        logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.dtype, self.load_seconds)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many, together; outputs in the order of the prompts.
+
+        Args:
+            prompts: a string, a list of token ids, `{"prompt_token_ids": [...]}`, or a list of these.
+            sampling_params: one for all or one each; default: `default_sampling_params()`.
+        """
+        if isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+            prompts = [prompts]
+        if sampling_params is None:
+            sampling_params = self.default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise InvalidArgument(f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; give one for all or one each")
+        requests: list[RequestOutput] = []
+        try:
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                requests.append(self._add(prompt, params))
+            while not all(request.finished for request in requests):
+                self._step()
+        finally:
+            for request in requests:
+                self.engine.abort(request)
+        return requests
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: lists of {"role": "system" | "user" | "assistant", "content": text}."""
+        if len(messages) == 0:
+            raise InvalidArgument("the conversation is empty; give at least one message")
+        conversations = [messages] if isinstance(messages[0], dict) else messages
+        return self.generate([{"prompt_token_ids": self.tokenizer.encode_chat(m)} for m in conversations], sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """The completion of one prompt, as an iterator of the text's pieces; a piece never ends within a character or emoji."""
+        params = sampling_params or self.default_sampling_params()
+        if params.n != 1:
+            raise InvalidArgument(f"a stream carries one completion and n is {params.n}; use generate")
+        return Stream(self, self._add(prompt, params))
+
+    def default_sampling_params(self, **overrides: object) -> SamplingParams:
+        """What the model's generation_config.json asks for, greedy where it says nothing, until the model ends.
+
+        Keyword arguments other than None go before both.
+        """
+        config = self.generation_config
+        values: dict = {"temperature": 0.0, "max_tokens": None}
+        if config.get("do_sample"):
+            values["temperature"] = 1.0
+            names = ("temperature", "top_k", "top_p", "min_p")
+            values |= {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("repetition_penalty") is not None:
+            values["repetition_penalty"] = config["repetition_penalty"]
+        return SamplingParams(**(values | {name: value for name, value in overrides.items() if value is not None}))
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [T, vocab_size]: row t holds the logits of the token after ids[: t + 1]."""
+        with self._device:
+            return np.concatenate(list(self.engine.logits(list(ids))))
+
+    def perplexity(self, text: str | Sequence[int]) -> float:
+        """exp of the mean negative log-likelihood (natural log) of every token but the first, given those before it."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        if len(ids) < 2:
+            raise InvalidArgument(f"perplexity needs at least 2 tokens and the text has {len(ids)}; give a longer text")
+        total, row = 0.0, 0
+        with self._device:
+            for logits in self.engine.logits(ids):
+                targets = ids[row + 1 : row + 1 + len(logits)]
+                logits = logits[: len(targets)].astype(np.float64)
+                top = logits.max(axis=1)
+                log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+                total += float((log_sum - logits[np.arange(len(targets)), targets]).sum())
+                row += len(targets)
+        return float(np.exp(total / (len(ids) - 1)))
+
+    def pool_stats(self) -> PoolStats:
+        """How full the KV pool is now, and was at most."""
+        blocks, pool = self.engine.blocks, self.engine.pool
+        return PoolStats(pool.num_blocks, pool.block_size, pool.bytes, blocks.num_used, blocks.peak_used, blocks.num_cached)
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        if isinstance(prompt, dict):
+            if set(prompt) != {"prompt_token_ids"}:
+                raise InvalidArgument(f'a prompt has the keys {sorted(prompt)}; give a string, token ids or {{"prompt_token_ids": [...]}}')
+            prompt = prompt["prompt_token_ids"]
+        if isinstance(prompt, str):
+            return self.engine.add(prompt, self.tokenizer.encode(prompt), params)
+        return self.engine.add(None, list(prompt), params)
+
+    def _step(self) -> None:
+        with self._device:
+            self.engine.step()
+
+
+class Stream:
+    """Iterator over the pieces of one completion's text; `output` is the RequestOutput so far, whole after the last piece."""
+
+    def __init__(self, llm: LLM, output: RequestOutput) -> None:
+        self.output = output
+        self._llm = llm
+        self._shown = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        completion = self.output.outputs[0]
+        while len(completion.text) == self._shown:
+            if self.output.finished:
+                raise StopIteration
+            self._llm._step()
+        piece = completion.text[self._shown :]
+        self._shown = len(completion.text)
+        return piece
+
+    def close(self) -> None:
+        """Stop generating and free the request's blocks; harmless once it is finished."""
+        self._llm.engine.abort(self.output)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _DummyWeights:
+    """Random weights of the right shapes: one small random tensor, repeated."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._shapes = expected_tensors(config)
+        self.dtype = config.dtype or "float32"
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
+        for name, shape in self._shapes.items():
+            yield name, np.ones(shape, np.float32) if "norm" in name else np.resize(noise, shape)
+
+
+def _select_device(device: str) -> tuple[ModuleType, int | None]:
+    """The operations to run on, and the index of the GPU (None: the CPU)."""
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdecimal()) or (index and kind != "cuda"):
+        raise InvalidArgument(f"device is {device!r}; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if kind == "cuda" or (kind == "auto" and _has_nvidia_driver()):
+        jit = importlib.import_module("cupaged.cuda.jit")
+        try:
+            jit.check_device(int(index or 0))
+            return importlib.import_module("cupaged.ops.cuda"), int(index or 0)
+        except DeviceError as error:
+            if kind == "cuda":
+                raise
+            logger.warning("running on the CPU: %s", error)
+    return importlib.import_module("cupaged.ops.numpy"), None
+
+
+def _has_nvidia_driver() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _select_dtype(dtype: str, weights_dtype: str, ops: ModuleType) -> str:
+    if dtype == "auto":
+        return weights_dtype if weights_dtype in ops.DTYPES else ops.DTYPES[0]
+    if dtype not in ops.DTYPES:
+        raise InvalidArgument(f"dtype is {dtype!r}; on this device give 'auto' or {' or '.join(map(repr, ops.DTYPES))}")
+    return dtype
+
+
+def _activation_bytes(config: ModelConfig, step_tokens: int, max_num_seqs: int) -> int:
+    """What a step needs beside weights and pool, estimated high: eight hidden-sized and four FFN-sized arrays, and logits."""
+    width = 8 * max(config.hidden_size, config.num_heads * config.head_dim) + 4 * config.intermediate_size
+    return 4 * (step_tokens * width + 2 * max_num_seqs * config.vocab_size) + 2**28

@@ -1,0 +1,131 @@
+"""SamplingParams, and what they do to a step's logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from cupaged.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; names and defaults are vLLM's.
+
+    Attributes:
+        n: independent completions of one prompt.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the fewest tokens whose probabilities sum to this.
+        min_p: keep tokens at least this share of the most probable one.
+        repetition_penalty: above 1 makes tokens of prompt and output less likely.
+        presence_penalty: subtracted from the logits of generated tokens.
+        frequency_penalty: subtracted once for each time a token was generated.
+        seed: makes the draws of this request reproducible, whatever else runs beside it.
+        stop: strings that end the output; they are not part of it.
+        stop_token_ids: tokens that end the output, beside the model's own.
+        min_tokens: no end of sequence before so many tokens.
+        max_tokens: the most tokens to generate; None goes on until the model ends or its context is full.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+
+        self._check("n", _is_int(self.n) and self.n >= 1, "a whole number of at least 1")
+        self._check("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 1e4, "between 0 and 10000")
+        self._check("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number of at least 0 (0: off)")
+        self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
+        self._check("repetition_penalty", _is_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, _is_number(getattr(self, name)), "a finite number")
+        self._check("seed", self.seed is None or (_is_int(self.seed) and abs(self.seed) < 2**63), "a 64-bit whole number or None")
+        self._check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        self._check("stop_token_ids", all(_is_int(i) for i in self.stop_token_ids), "token ids")
+        self._check("min_tokens", _is_int(self.min_tokens) and self.min_tokens >= 0, "a whole number of at least 0")
+        self._check("max_tokens", self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "at least 1, or None")
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InvalidArgument(f"{name} is {getattr(self, name)!r}; give {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class SamplingRow:
+    """What one row of logits is sampled under."""
+
+    params: SamplingParams
+    seed: int  # the request's, drawn by the engine where params.seed is None; [0, 2^64)
+    candidate: int  # which of params.n
+    position: int  # of the token to be drawn
+    seen: dict[int, int]  # distinct tokens so far -> times generated (0: only in the prompt)
+    forbidden: tuple[int, ...]  # tokens that may not be drawn
+
+
+def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list[int]:
+    """One token id per row of `logits`, a float32 [R, vocab] device array that is overwritten."""
+
+    def column(values: list, dtype: type) -> np.ndarray:
+        return ops.upload(np.array(values, dtype))
+
+    params = [row.params for row in rows]
+    if any(row.seen for row in rows):
+        ops.penalise(
+            logits,
+            column(np.cumsum([0] + [len(row.seen) for row in rows]), np.int32),
+            column([token for row in rows for token in row.seen], np.int32),
+            column([count for row in rows for count in row.seen.values()], np.int32),
+            column([p.repetition_penalty for p in params], np.float32),
+            column([p.presence_penalty for p in params], np.float32),
+            column([p.frequency_penalty for p in params], np.float32),
+        )
+    if any(row.forbidden for row in rows):
+        ops.forbid(
+            logits,
+            column(np.cumsum([0] + [len(row.forbidden) for row in rows]), np.int32),
+            column([token for row in rows for token in row.forbidden], np.int32),
+        )
+    tokens = ops.sample(
+        logits,
+        column([p.temperature for p in params], np.float32),
+        column([p.top_k for p in params], np.int32),
+        column([p.top_p for p in params], np.float32),
+        column([p.min_p for p in params], np.float32),
+        column([row.seed for row in rows], np.uint64),
+        column([row.candidate for row in rows], np.int32),
+        column([row.position for row in rows], np.int32),
+    )
+    return ops.download(tokens).tolist()

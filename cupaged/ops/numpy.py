@@ -1,0 +1,259 @@
+"""The operations of a Llama step in NumPy, float32: the specification that `ops.cuda` is held to.
+
+Arrays are float32 unless a docstring says otherwise; ids, lengths and positions are int32. `T` is the number of
+query rows of a step (the new tokens of all sequences, concatenated), `B` the number of sequences. A batch is
+described by four arrays shared by all operations:
+
+    q_indptr     [B+1]  rows q_indptr[b] .. q_indptr[b+1] belong to sequence b
+    seq_lens     [B]    tokens of sequence b whose K/V are in the pool once this step's are appended
+    page_indptr  [B+1]  its page table is page_indices[page_indptr[b] : page_indptr[b+1]]
+    page_indices [nnz]  physical block ids in logical order
+
+Row r of a sequence with n rows sits at position `seq_len - n + r`. A pool view of one layer is
+`[num_kv_heads, num_blocks, block_size, head_dim]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import psutil
+
+DTYPES = ("float32",)
+_QUERY_TILE = 128  # query rows whose scores are in memory at once
+
+
+def device(index: int = 0) -> contextlib.AbstractContextManager:
+    """Context in which the operations run; on the CPU there is nothing to enter."""
+    return contextlib.nullcontext()
+
+
+def free_memory() -> tuple[int, int]:
+    """(free, total) bytes of the device's memory."""
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def upload(array: np.ndarray, dtype: str | None = None) -> np.ndarray:
+    """The host array as a device array, converted to `dtype` if one is given; shares memory where nothing changes."""
+    return np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype))
+
+
+def download(array: np.ndarray) -> np.ndarray:
+    """The device array as a host array (waits for the device)."""
+    return array
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An uninitialised device array."""
+    return np.empty(shape, dtype)
+
+
+def embedding(token_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Rows of `table` [num_rows, width] by id [T] -> [T, width]; also used to pick the rows whose logits are wanted."""
+    return table[token_ids]
+
+
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x + y of equal shapes."""
+    return x + y
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, eq. 4); any leading axes."""
+    return x * (1.0 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))) * weight
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, dtype: str | None = None) -> np.ndarray:
+    """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype` (default: that of x)."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up of equal shapes (Shazeer 2020, "GLU Variants Improve Transformer")."""
+    with np.errstate(over="ignore"):  # exp(-gate) may be inf: the quotient is then 0, as it should be
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def rope_append(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    rope_table: np.ndarray,
+    k_pool: np.ndarray,
+    v_pool: np.ndarray,
+    q_indptr: np.ndarray,
+    seq_lens: np.ndarray,
+    page_indptr: np.ndarray,
+    page_indices: np.ndarray,
+) -> np.ndarray:
+    """Rotate q and k by their positions, append k and v to the pool, return the rotated q.
+
+    q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32, cosines in
+    the first half of a row and sines in the second; pools of one layer, written at the rows' slots. Element i is
+    paired with i + head_dim / 2 (Su et al. 2021, in the layout of Hugging Face checkpoints).
+    """
+    for b in range(len(seq_lens)):
+        rows = slice(q_indptr[b], q_indptr[b + 1])
+        position = np.arange(seq_lens[b] - (rows.stop - rows.start), seq_lens[b])
+        block, slot = np.divmod(position, k_pool.shape[2])
+        page = page_indices[page_indptr[b] + block]
+        k_pool[:, page, slot] = _rotate(k[rows], rope_table[position]).swapaxes(0, 1)
+        v_pool[:, page, slot] = v[rows].swapaxes(0, 1)
+    position = np.concatenate(
+        [np.arange(n - (hi - lo), n) for n, lo, hi in zip(seq_lens, q_indptr[:-1], q_indptr[1:], strict=True)]
+    )
+    return _rotate(q, rope_table[position])
+
+
+def _rotate(x: np.ndarray, rope_rows: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    cos, sin = rope_rows[:, None, :half], rope_rows[:, None, half:]
+    lower, upper = x[..., :half], x[..., half:]
+    return np.concatenate([lower * cos - upper * sin, upper * cos + lower * sin], axis=-1)
+
+
+def paged_attention(
+    q: np.ndarray,
+    k_pool: np.ndarray,
+    v_pool: np.ndarray,
+    q_indptr: np.ndarray,
+    seq_lens: np.ndarray,
+    page_indptr: np.ndarray,
+    page_indices: np.ndarray,
+    scale: float,
+    sliding_window: int | None = None,
+) -> np.ndarray:
+    """Causal attention of every row over its own sequence, K and V read through the page table.
+
+    q [T, num_heads, head_dim] -> out of the same shape; pools of one layer. The row at position p attends to
+    positions max(0, p - sliding_window + 1) .. p; a row with nothing to attend to gives 0. Nothing outside a
+    sequence (other blocks, slots past seq_len) reaches the result.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, _, block_size, _ = k_pool.shape
+    out = np.zeros_like(q)
+    for b, seq_len in enumerate(seq_lens):
+        first, last = q_indptr[b], q_indptr[b + 1]
+        pages = page_indices[page_indptr[b] : page_indptr[b] + -(-seq_len // block_size)]
+        k = k_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
+        v = v_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
+        for row in range(first, last, _QUERY_TILE):
+            rows = slice(row, min(row + _QUERY_TILE, last))
+            n = rows.stop - rows.start
+            position = np.arange(n) + (seq_len - (last - row))
+            start = 0 if sliding_window is None else max(0, position[0] - sliding_window + 1)
+            stop = position[-1] + 1
+            if stop <= 0:
+                continue
+            group = q[rows].reshape(n, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+            scores = (group @ k[:, start:stop].swapaxes(1, 2) * np.float32(scale)).reshape(num_kv_heads, -1, n, stop - start)
+            if n > 1:
+                distance = position[:, None] - np.arange(start, stop)
+                hidden = distance < 0
+                if sliding_window is not None:
+                    hidden |= distance >= sliding_window
+                scores = np.where(hidden, np.float32(-np.inf), scores)
+            weight = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weight /= weight.sum(axis=-1, keepdims=True)
+            group = weight.reshape(num_kv_heads, -1, stop - start) @ v[:, start:stop]
+            out[rows] = group.reshape(num_kv_heads, -1, n, head_dim).transpose(2, 0, 1, 3).reshape(n, num_heads, head_dim)
+    return out
+
+
+def penalise(
+    logits: np.ndarray,
+    seen_indptr: np.ndarray,
+    seen_ids: np.ndarray,
+    seen_counts: np.ndarray,
+    repetition_penalty: np.ndarray,
+    presence_penalty: np.ndarray,
+    frequency_penalty: np.ndarray,
+) -> None:
+    """Lower the logits [B, vocab] of tokens that have occurred, in place.
+
+    seen_ids[seen_indptr[b] : seen_indptr[b+1]] are the distinct tokens of sequence b, prompt included, and
+    seen_counts how often each was generated (0: only in the prompt). Of a seen token the logit is divided by
+    repetition_penalty[b] if positive, else multiplied by it (Keskar et al. 2019, section 4.1); of a generated one,
+    presence_penalty[b] + seen_count * frequency_penalty[b] is then subtracted. The penalties are float32 [B].
+    """
+    for b in range(len(logits)):
+        seen = slice(seen_indptr[b], seen_indptr[b + 1])
+        ids, counts = seen_ids[seen], seen_counts[seen].astype(np.float32)
+        value = logits[b, ids]
+        value = np.where(value > 0, value / repetition_penalty[b], value * repetition_penalty[b])
+        logits[b, ids] = value - np.where(counts > 0, presence_penalty[b] + counts * frequency_penalty[b], 0)
+
+
+def forbid(logits: np.ndarray, indptr: np.ndarray, token_ids: np.ndarray) -> None:
+    """Set logits[b, t] to -inf for the tokens t of token_ids[indptr[b] : indptr[b+1]], in place."""
+    for b in range(len(logits)):
+        logits[b, token_ids[indptr[b] : indptr[b + 1]]] = -np.inf
+
+
+def sample(
+    logits: np.ndarray,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    min_p: np.ndarray,
+    seed: np.ndarray,
+    candidate: np.ndarray,
+    position: np.ndarray,
+) -> np.ndarray:
+    """One token id per row of float32 logits [B, vocab] -> int32 [B]; a row's token depends on nothing but the row's arguments.
+
+    temperature 0 takes the largest logit (the lowest id among equals). Otherwise, of p = softmax(logits / temperature):
+
+    1. top_k (0: off) keeps the k most probable tokens, and all that tie with the last of them;
+    2. top_p (1: off) keeps, of those renormalised, the fewest most probable whose sum reaches top_p, and ties of the last
+       (Holtzman et al. 2020, section 3.1);
+    3. min_p (0: off) keeps those with at least min_p times the largest probability (Nguyen et al. 2024);
+    4. of what is left the token with the largest logits / temperature + Gumbel noise is drawn.
+
+    The noise of token t is -log(-log(u)) with u word t % 4 of Philox4x32-10 (Salmon et al. 2011) under the key
+    seed[b] (uint64) and the counter (t // 4, position, candidate, 0); a word w gives u = (w // 512 + 0.5) / 2^23.
+    temperature, top_p, min_p are float32 [B]; top_k, candidate, position int32 [B].
+    """
+    tokens = np.empty(len(logits), np.int32)
+    for b, row in enumerate(logits):
+        if temperature[b] == 0:
+            tokens[b] = row.argmax()
+            continue
+        scaled = row / temperature[b]
+        kept = np.arange(len(row))
+        if 0 < top_k[b] < len(row):
+            kept = kept[scaled >= np.partition(scaled, -top_k[b])[-top_k[b]]]
+        if top_p[b] < 1:
+            weight = np.exp(scaled[kept] - scaled[kept].max())
+            order = np.argsort(-weight, kind="stable")
+            total = np.cumsum(weight[order], dtype=np.float64)  # a float32 sum of 10^5 terms would move the border
+            last = min(np.searchsorted(total, top_p[b] * total[-1]), len(kept) - 1)
+            kept = kept[weight >= weight[order[last]]]
+        if min_p[b] > 0:
+            kept = kept[np.exp(scaled[kept] - scaled[kept].max()) >= min_p[b]]
+        word = _philox(seed[b], kept // 4, position[b], candidate[b])[np.arange(len(kept)), kept % 4]
+        uniform = (np.float32(word >> 9) + np.float32(0.5)) * np.float32(2**-23)
+        tokens[b] = kept[np.argmax(scaled[kept] - np.log(-np.log(uniform)))]
+    return tokens
+
+
+def _philox(seed: np.uint64, counter0: np.ndarray, counter1: int, counter2: int) -> np.ndarray:
+    """Philox4x32-10: uint32 [n, 4] for the n counters (counter0, counter1, counter2, 0) under the 64-bit key `seed`."""
+    key0, key1 = np.uint32(int(seed) & 0xFFFFFFFF), np.uint32(int(seed) >> 32)
+    c0 = counter0.astype(np.uint32)
+    c1, c2, c3 = np.full_like(c0, counter1), np.full_like(c0, counter2), np.zeros_like(c0)
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            low = c0.astype(np.uint64) * np.uint64(0xD2511F53)
+            high = c2.astype(np.uint64) * np.uint64(0xCD9E8D57)
+            c0, c1, c2, c3 = (
+                (high >> np.uint64(32)).astype(np.uint32) ^ c1 ^ key0,
+                high.astype(np.uint32),
+                (low >> np.uint64(32)).astype(np.uint32) ^ c3 ^ key1,
+                low.astype(np.uint32),
+            )
+            key0, key1 = key0 + np.uint32(0x9E3779B9), key1 + np.uint32(0xBB67AE85)
+    return np.stack([c0, c1, c2, c3], axis=1)

@@ -1,0 +1,10 @@
+"""Generation speed of this machine: `cupaged bench generate`, with the figures written to scripts/results."""
+
+import sys
+from pathlib import Path
+
+from cupaged.cli import main
+
+if __name__ == "__main__":
+    results = Path(__file__).parent / "results"
+    sys.exit(main(["bench", "generate", "--output", str(results), *sys.argv[1:]]))

@@ -1,0 +1,50 @@
+"""`cupaged.ops.cuda` without a GPU: its host code over guarded NumPy arrays, its kernels emulated."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from . import emulator
+from .guarded_memory import GuardedMemory
+
+
+def pytest_collection_modifyitems(items):
+    if emulator.COMPILER is None:
+        for item in items:
+            if "emulator" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason="no C++ compiler (g++ or c++) to build the kernels with"))
+
+
+@pytest.fixture
+def emulated_ops(monkeypatch):
+    """emulated_ops(mutate=None) -> the module cupaged.ops.cuda, the kernels' text passed through `mutate`."""
+    from cupaged.cuda import jit
+    from cupaged.ops import cuda
+
+    def patch(mutate=None):
+        memory = GuardedMemory()
+
+        def kernel(source, name, **defines):
+            return functools.partial(launch, emulator.emulate(source, name, mutate, **defines))
+
+        def launch(kernel, grid, block, args, shared_mem=0):
+            kernel(grid, block, args, shared_mem)
+            memory.check()
+
+        monkeypatch.setattr(jit, "kernel", kernel)
+        monkeypatch.setattr(cuda, "cupy", memory)
+        monkeypatch.setattr(cuda, "_gemm", gemm)
+        return cuda
+
+    return patch
+
+
+@pytest.fixture
+def ops(emulated_ops):
+    return emulated_ops()
+
+
+def gemm(x, weight, out):
+    """What cuBLAS is asked for: float32 sums, rounded once."""
+    out[...] = x.astype(np.float32) @ weight.astype(np.float32).T

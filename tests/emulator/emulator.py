@@ -1,0 +1,127 @@
+"""The kernels of cuda_src on the CPU: compiled with g++ against simt.h and called like a `cupy.RawKernel` over NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+HERE = Path(__file__).parent
+CACHE = Path(tempfile.gettempdir()) / f"cupaged-emulator-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+# Undefined behaviour that a GPU may let pass (a misaligned vector load, an overflowing offset) traps here.
+CHECKS = "alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"
+FLAGS = f"-std=c++17 -O1 -w -shared -fPIC -U_FORTIFY_SOURCE -fsanitize={CHECKS} -fsanitize-undefined-trap-on-error".split()
+if sys.platform == "darwin":
+    FLAGS += ["-undefined", "dynamic_lookup"]
+GLUE = """
+extern "C" const char* simt_signature() {{ return simt::Entry<{name}>::signature(); }}
+extern "C" const char* simt_launch(void* const* args, const unsigned* grid, unsigned threads, size_t shared, unsigned seed) {{
+  return simt::launch(simt::Entry<{name}>::run, args, grid, threads, shared, seed);
+}}
+"""
+schedules = random.Random()  # draws a fresh schedule for every launch
+
+
+class EmulationError(Exception):
+    """A kernel did what it must not do, or was called as it must not be."""
+
+
+def emulate(source: str, name: str, mutate: Callable[[str], str] | None = None, **defines: object) -> Kernel:
+    """The kernel `name` of the file `source` in cuda_src, its text first passed through `mutate` if that is given."""
+    from cupaged.cuda.jit import read_source
+
+    text = read_source(source)
+    return compile_kernel(mutate(text) if mutate else text, name, **defines)
+
+
+def compile_kernel(text: str, name: str, **defines: object) -> Kernel:
+    """The kernel `name` of a source text; built once, then found again by this and later processes."""
+    return Kernel(name, _library(text, name, tuple(f"-D{key}={value}" for key, value in defines.items())))
+
+
+@functools.cache
+def _library(text: str, name: str, defines: tuple[str, ...]) -> ctypes.CDLL:
+    text += GLUE.format(name=name)
+    _load_scheduler()
+    library = ctypes.CDLL(str(_built(f"{name}.so", text, *defines)))
+    library.simt_signature.restype = library.simt_launch.restype = ctypes.c_char_p
+    library.simt_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint]
+    return library
+
+
+@functools.cache
+def _load_scheduler() -> None:
+    """Loaded once and for all to see: the kernels' calls of simt find it."""
+    ctypes.CDLL(str(_built("simt.so", (HERE / "simt.cpp").read_text())), ctypes.RTLD_GLOBAL)
+
+
+def _built(name: str, text: str, *defines: str) -> Path:
+    """The shared library that the compiler makes of a text."""
+    command = [COMPILER, *FLAGS, f"-I{HERE}", *defines, "-x", "c++", "-"]
+    key = "\0".join([*command, (HERE / "simt.h").read_text(), text])
+    path = CACHE / hashlib.sha256(key.encode()).hexdigest()[:32] / name
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        result = subprocess.run([*command, "-o", unfinished], input=text, text=True, capture_output=True)
+        if result.returncode:
+            raise EmulationError(f"{name} does not compile:\n{result.stderr}")
+        unfinished.replace(path)
+    return path
+
+
+class Kernel:
+    """Callable as kernel(grid, block, args, shared_mem=0); raises EmulationError where a GPU would fail or might."""
+
+    def __init__(self, name: str, library: ctypes.CDLL) -> None:
+        self.name = name
+        self.max_dynamic_shared_size_bytes = 48 << 10
+        self._launch = library.simt_launch
+        self._parameters = library.simt_signature().decode().split()
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0, seed: int | None = None
+    ) -> None:
+        grid = (*grid, 1, 1)[:3]
+        threads, *rest = block
+        if min(grid) < 1 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            raise EmulationError(f"{self.name}: no GPU launches a grid of {grid}")
+        if not 0 < threads <= 1024 or threads % 32 or any(n != 1 for n in rest):
+            raise EmulationError(f"{self.name}: a block must be 32 to 1024 threads in whole warps, not {block}")
+        if shared_mem > min(self.max_dynamic_shared_size_bytes, 99 << 10):
+            raise EmulationError(f"{self.name}: {shared_mem} bytes of shared memory, more than is allowed")
+        if len(args) != len(self._parameters):
+            raise EmulationError(f"{self.name} takes {len(self._parameters)} arguments, not {len(args)}")
+        values = [self._pass(i, arg, kind) for i, (arg, kind) in enumerate(zip(args, self._parameters, strict=True))]
+        pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+        if seed is None:
+            seed = schedules.getrandbits(31)
+        failure = self._launch(pointers, (ctypes.c_uint * 3)(*grid), threads, shared_mem, seed)
+        if failure:
+            raise EmulationError(f"{self.name}: {failure.decode()} (schedule {seed})")
+
+    def _pass(self, index: int, arg: object, kind: str) -> np.ndarray:
+        """The argument's bytes, once its type is seen to be the parameter's: "i4", or "*f4" for a pointer ("?": a struct)."""
+        pointer, kind, size = kind.startswith("*"), kind.lstrip("*")[0], int(kind.lstrip("*")[1:])
+        if isinstance(arg, np.ndarray) != pointer or not isinstance(arg, np.ndarray | np.generic):
+            raise EmulationError(
+                f"{self.name}, argument {index}: {'an array' if pointer else 'a NumPy scalar'} is wanted, not {arg!r}"
+            )
+        like_c = arg.dtype.kind == kind and arg.dtype.itemsize == size
+        struct = kind == "?" and size in ({0, 1, 2, 8, 16} if False else {0, 16, arg.dtype.itemsize})
+        if not like_c and not struct:
+            raise EmulationError(f"{self.name}, argument {index}: {arg.dtype} passed for a {kind}{size}")
+        if pointer and not arg.flags.c_contiguous:
+            raise EmulationError(f"{self.name}, argument {index}: the array is not contiguous")
+        return np.array(arg.ctypes.data, np.uint64) if pointer else np.array(arg)

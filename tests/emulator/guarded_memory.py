@@ -1,0 +1,44 @@
+"""NumPy arrays in the place of CuPy's: poisoned with NaN, between guard zones that show a write outside of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+
+from .emulator import EmulationError
+
+GUARD = 64 << 10  # bytes before and after every array
+ALIGNMENT = 512  # as in CuPy
+POISON = 0xFF  # a NaN in every float type, -1 in every integer
+
+
+class GuardedMemory:
+    """The functions of the module `cupy` that ops/cuda.py uses, and `check`."""
+
+    def __init__(self) -> None:
+        self.cuda = SimpleNamespace(Device=lambda index: contextlib.nullcontext())
+        self._guards: list[np.ndarray] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = np.full(size + 2 * GUARD + ALIGNMENT, POISON, np.uint8)
+        start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
+        self._guards += [memory[:start], memory[start + size :]]
+        return memory[start : start + size].view(dtype).reshape(shape)
+
+    def asarray(self, array: np.ndarray, dtype: object = None) -> np.ndarray:
+        out = self.empty(array.shape, array.dtype if dtype is None else dtype)
+        out[...] = array
+        return out
+
+    def asnumpy(self, array: np.ndarray) -> np.ndarray:
+        return array.copy()
+
+    def check(self) -> None:
+        """Raise EmulationError if anything was written outside of the arrays."""
+        for guard in self._guards:
+            if (guard != POISON).any():
+                raise EmulationError("a write outside of an array")

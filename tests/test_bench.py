@@ -1,0 +1,50 @@
+"""The benchmark on a tiny model: its figures are consistent and its file is of the common format."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from tiny_models import CONFIGS, write_model
+
+from cupaged import CupagedError, bench
+from cupaged.cli import main
+
+
+@pytest.fixture(autouse=True)
+def small_sweep(monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**25)
+
+
+def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
+    folder = write_model(tmp_path / "tiny", CONFIGS["llama-gqa"])
+    words = ["bench", "generate", "--model", str(folder), "--device", "cpu", "--threads", "1", "--runs", "1"]
+    assert main([*words, "--prompt-tokens", "40", "--tokens", "8", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"cupaged: wrote {tmp_path / 'cpu.json'}\n"
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert set(result) == {"machine", "limit_tbps", "limit_tflops", "date", "rows"}
+    assert 0 < result["limit_tbps"] < 10
+    assert 0 < result["limit_tflops"] < 100
+    cases = ["process start to first token", "peak memory", "prefill 40", "decode 8 after 40"]
+    assert [row["case"] for row in result["rows"]] == [f"tiny float32 {case}" for case in cases]
+    assert [line.split("  ")[0] for line in out.splitlines()] == [row["case"] for row in result["rows"]]
+    start, memory, prefill, decode = result["rows"]
+    assert 0.05 < start["s"] < 30
+    assert 0.02 < memory["gb"] < 2
+    # what a token reads: all weights but the embedding (not tied), and the K/V of 40 + 8 / 2 tokens on average
+    weights = 3 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 160 * 192 + 2 * 192) + 260 * 192 + 192
+    moved = 4 * weights + 2 * 3 * 64 * 4 * 44
+    assert math.isclose(decode["share"], moved * decode["tok_s"] / (result["limit_tbps"] * 1e12))
+    assert math.isclose(prefill["share"], 2 * weights * prefill["tok_s"] / (result["limit_tflops"] * 1e12))
+
+
+def test_the_limits_of_reading_are_those_of_a_machine():
+    fast, slow = bench.read_limit("cpu", 2**25), 2 * 10**8
+    assert slow < fast < 10**13
+
+
+def test_a_process_that_fails_is_reported_with_its_own_words(tmp_path):
+    with pytest.raises(CupagedError, match=r"config\.json"):
+        bench.bench_generate(str(tmp_path), device="cpu", runs=1)
