@@ -24,7 +24,7 @@ HELP = """\
 /save FILE    write the conversation: as JSON if FILE ends in .json, else as Markdown
 /help         this list
 /quit         leave, like Ctrl-D; Ctrl-C cuts an answer short"""
-_ANSWER_ROOM = 512  # tokens kept free for an answer when old turns are dropped, at most a quarter of the context
+_ANSWER_ROOM = 512  # tokens that are free for an answer, or old turns are dropped; at most a quarter of the context
 
 
 class Conversation:
@@ -69,19 +69,22 @@ class Conversation:
             raise
 
     def _prompt_ids(self) -> list[int]:
-        """The conversation as token ids, less as many of the oldest turns as leave room for an answer."""
-        pool = self.llm.pool_stats()
-        limit = min(self.llm.max_model_len, pool.num_blocks * pool.block_size)
-        room = min(self.params.max_tokens or _ANSWER_ROOM, limit // 4)
-        dropped = self.num_dropped
-        while True:
-            ids = self.llm.tokenizer.encode_chat(self.messages(self.num_dropped))
-            if len(ids) + room <= limit or self.num_dropped == len(self.turns) - 1:
-                break
+        """The conversation as token ids, without its oldest turns where it leaves too little room for an answer.
+
+        Dropping turns changes what all later ones follow on, so that everything is computed anew. Therefore it is done
+        rarely, and then down to half of the context.
+        """
+        context = self.llm.max_model_len
+        room = min(self.params.max_tokens or _ANSWER_ROOM, context // 4)
+        ids = self.llm.tokenizer.encode_chat(self.messages(self.num_dropped))
+        if len(ids) + room <= context:
+            return ids
+        while len(ids) > context // 2 and self.num_dropped < len(self.turns) - 1:
             self.num_dropped += 2
-        if self.num_dropped > dropped:
+            ids = self.llm.tokenizer.encode_chat(self.messages(self.num_dropped))
+        if self.num_dropped:
             logger.warning(
-                f"the conversation outgrew {limit} tokens: the model no longer sees its {self.num_dropped} oldest turns"
+                "the context of %d tokens is full: the %d oldest turns are no longer seen", context, self.num_dropped
             )
         return ids
 

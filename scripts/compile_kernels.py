@@ -74,7 +74,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every variant for every architecture")
     every = parser.parse_args().all
     variants = {(source, tuple(defines.items())) for source, _, defines in ops.variants()}
-    pairs = [((source, dict(defines)), arch) for source, defines in sorted(variants) for arch in ARCHITECTURES] if every else NAMED
+    matrix = [((source, dict(defines)), arch) for source, defines in sorted(variants) for arch in ARCHITECTURES]
+    pairs = matrix if every else NAMED
 
     failures, start = 0, time.perf_counter()
     print(f"{'kernel':<18}{'variant':<34}{'sm_':<6}{'registers':>9}{'spilled':>9}{'shared':>8}")

@@ -58,12 +58,12 @@ def check(ops, case: Case, dtype: str) -> None:
     if expected is None:
         assert result is None, where
     else:
-        wanted = arguments.get("dtype") or ("float32" if case.op == "penalise" else dtype)
+        wanted = arguments.get("dtype") or (dtype)
         assert str(result.dtype) == wanted, f"{where}: gives {result.dtype}, not {wanted}"
         check_close(ops.download(result), expected, f"{where}: the result")
     for name in case.writes:
         before, wrote = _exact(arguments[name]), exact[name]
-        same = (wrote == before) | np.isnan(before) & np.isnan(wrote)
+        same = (wrote == before) | (np.isnan(before) & np.isnan(wrote))
         assert after[name][same].tobytes() == arguments[name][same].tobytes(), f"{where}: {name} was changed elsewhere"
         check_close(after[name][~same], wrote[~same], f"{where}: what was written to {name}")
 
@@ -73,8 +73,10 @@ def check_close(out: np.ndarray, expected: np.ndarray, what: str) -> None:
     assert out.shape == expected.shape, f"{what}: shape {out.shape}, not {expected.shape}"
     if not expected.size:
         return
-    difference = np.linalg.norm(np.asarray(out, np.float64) - expected)
-    norm = np.linalg.norm(expected)
+    infinite = np.isinf(expected)
+    assert (out[infinite] == expected[infinite]).all(), f"{what}: infinities"
+    difference = np.linalg.norm(out[~infinite].astype(np.float64) - expected[~infinite])
+    norm = np.linalg.norm(expected[~infinite])
     assert difference <= TOLERANCE[str(out.dtype)] * norm, f"{what}: error {difference:.3g} of {norm:.3g}"
 
 
@@ -216,16 +218,30 @@ def penalise(name: str, rows: int, vocab: int, most_seen: int) -> Case:
     return Case("penalise", name, draw, writes=("logits",))
 
 
+def forbid(rows: int, vocab: int, most: int) -> Case:
+    def draw(rng):
+        counts = rng.integers(0, most + 1, rows)
+        counts[0] = 0
+        return {
+            "logits": 3 * rng.standard_normal((rows, vocab), np.float32),
+            "indptr": np.cumsum([0, *counts], dtype=np.int32),
+            "token_ids": rng.integers(0, vocab, counts.sum()).astype(np.int32),
+        }
+
+    return Case("forbid", f"{rows}x{vocab}", draw, writes=("logits",))
+
+
 SAMPLING_KINDS = {"seed": np.uint64, "top_k": np.int32, "candidate": np.int32, "position": np.int32}
 
 
-def sample(name: str, vocab: int, rows: int = 8, scale: float = 3.0, round_to: float = 0.0, **options) -> Case:
-    """Logits of deviation `scale`, rounded to multiples of `round_to` (then many are equal); `options` for every row."""
+def sample(name: str, vocab: int, rows: int = 8, scale=3.0, round_to=0.0, forbidden=0.0, **options) -> Case:
+    """Logits of deviation `scale`, rounded to multiples of `round_to` (then many are equal), a share of them -inf."""
 
     def draw(rng):
         logits = scale * rng.standard_normal((rows, vocab))
         if round_to:
             logits = np.round(logits / round_to) * round_to
+        logits[rng.random(logits.shape) < forbidden] = -np.inf
         drawn = {
             "temperature": rng.uniform(0.5, 1.5, rows),
             "top_k": 0,
@@ -265,7 +281,7 @@ def sample_by_sorting(logits, temperature, top_k, top_p, min_p, seed, candidate,
     scaled = logits.astype(np.float64) / np.float64(temperature)
     order = np.argsort(-scaled, kind="stable")
     ranked = scaled[order]
-    near = 1e-6 * (1 + abs(ranked).max())
+    near = 1e-6 * (1 + abs(ranked[np.isfinite(ranked)]).max())
     sure = possible = len(ranked)  # so many of the ranked are surely kept, so many possibly
     if 0 < top_k < sure:
         sure = possible = np.count_nonzero(ranked >= ranked[top_k - 1])
@@ -347,6 +363,7 @@ CASES = [
     penalise("some seen", 5, 1000, most_seen=70),
     penalise("all seen", 3, 257, most_seen=257),
     penalise("none seen", 2, 100, most_seen=0),
+    forbid(4, 301, most=300),
     sample("greedy", 5003, temperature=0),
     sample("greedy among equals", 3001, temperature=0, round_to=4.0),
     sample("plain", 5003),
@@ -360,6 +377,7 @@ CASES = [
     sample("min_p", 5003, min_p=[0.01, 0.05, 0.2, 1.0]),
     sample("all together", 5003, rows=12, top_k=[50, 500, 0], top_p=[0.9, 0.5, 1, 0.95], min_p=[0, 0.02, 0.1]),
     sample("hot and cold", 1023, rows=6, temperature=[0.02, 0.1, 10.0, 0, 1e-4, 100.0], top_p=0.9),
+    sample("forbidden", 1023, rows=6, forbidden=0.9, temperature=[0, 1], top_k=[0, 0, 5], top_p=[1, 0.9], min_p=[0, 0, 0.1]),
     sample("large vocabulary", 49153, rows=2, top_k=[50, 0], top_p=0.9, scale=2.0),
 ]
 LARGE_CASES = [  # for a GPU: more rows than a grid has in y or z, long sequences, real vocabularies

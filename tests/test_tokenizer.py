@@ -274,6 +274,21 @@ def test_broken_tokenizer(tmp_path, content):
     refused(tmp_path, str(tmp_path / "tokenizer.json"), "Download")
 
 
+def test_tokenizer_that_makes_the_library_panic(folder):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AQ=="}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    refused(folder, "tokenizer.json", "precompiled_charsmap")
+
+
+def test_text_that_the_vocabulary_lacks(tmp_path):
+    tokenizers.Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("known") == [0]
+    with pytest.raises(InvalidArgument, match="cannot encode"):
+        tokenizer.encode("unknown")
+
+
 def test_mutated_tokenizer_raises_or_loads(folder):
     path = folder / "tokenizer.json"
     original, random_ = path.read_bytes(), random.Random(0)

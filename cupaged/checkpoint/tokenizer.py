@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tokenizers
 
 from cupaged.checkpoint.chat_template import find_chat_template, render
 from cupaged.checkpoint.config import read_json
-from cupaged.errors import CheckpointError, InvalidArgument
+from cupaged.errors import CheckpointError, CupagedError, InvalidArgument
 
 _INCOMPLETE = "\ufffd"  # what bytes that do not (yet) make a character decode to
 
@@ -37,13 +38,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise _no_tokenizer(folder)
-        try:
+        with _failing_as(CheckpointError, f"{path} is not a valid tokenizer", "Download the file again"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except BaseException as error:  # tokenizers raises bare Exception, and panics (a BaseException) on some files
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} is not a valid tokenizer: {reason}. Download the file again.") from error
         companions = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
         settings = [read_json(companion) if companion.exists() else {} for companion in companions]
         special = {}
@@ -72,7 +68,8 @@ class Tokenizer:
             raise InvalidArgument(
                 f"The text holds a lone surrogate at character {error.start}. Give text that can be written as UTF-8."
             ) from error
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with _failing_as(InvalidArgument, "The tokenizer cannot encode the text", "Change the text or check tokenizer.json"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -148,6 +145,17 @@ class DecodeStream:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=False)
+
+
+@contextmanager
+def _failing_as(kind: type[CupagedError], cause: str, remedy: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises, bare Exception and on some broken files a panic (a BaseException), into ours."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{cause}: {' '.join(str(error).split())}. {remedy}.") from error
 
 
 def _special_tokens(values: dict) -> dict[str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +19,7 @@ from cupaged.errors import DeviceError
 logger = logging.getLogger("cupaged")
 
 OPTIONS = ("--std=c++17",)
-MIN_COMPUTE_CAPABILITY = 80  # cp.async, bfloat16
-_INSTALL = "pip install 'cupaged[cuda12]'"
+_LEAST_CAPABILITY = 80  # cp.async, bfloat16
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
 
@@ -28,24 +29,21 @@ def kernel(source: str, name: str, **defines: int) -> Any:
     Called as kernel(grid, block, args, shared_mem=0) with tuples; args are CuPy arrays and NumPy scalars of the exact C types.
     A cupy.RawKernel; made once for each device. DeviceError where it cannot be compiled or loaded.
     """
-    device = import_cupy().cuda.runtime.getDevice()
-    return _kernel(source, name, tuple(sorted(defines.items())), device)
+    return _kernel(source, name, tuple(defines.items()), import_cupy().cuda.runtime.getDevice())
 
 
 @functools.cache
 def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Any:
     cupy = import_cupy()
     try:
-        return _module(source, defines, device).get_function(name)  # compiles, or loads what is cached
+        module = cupy.RawModule(code=read_source(source), options=options_of(dict(defines)))  # CuPy keeps one for each text
+        return module.get_function(name)  # compiles, or loads what is cached
     except cupy.cuda.compiler.CompileException as error:
-        raise DeviceError(f"{source} does not compile ({first_error(str(error))}); {_INSTALL} brings the CUDA headers") from error
-    except (RuntimeError, ImportError, OSError) as error:  # NVRTC or headers missing, or the driver refuses the binary
-        raise DeviceError(f"{source} cannot be compiled for this GPU ({first_error(str(error))}); try {_INSTALL}") from error
-
-
-@functools.cache
-def _module(source: str, defines: tuple[tuple[str, int], ...], device: int) -> Any:
-    return import_cupy().RawModule(code=read_source(source), options=options_of(dict(defines)))
+        cause = f"{source} does not compile"
+        raise DeviceError(f"{cause} ({first_error(str(error))}); {install_command()} brings compiler and headers") from error
+    except (RuntimeError, ImportError, OSError) as error:  # no NVRTC, no headers, no room in the cache, a driver's refusal
+        cause = f"{source} cannot be compiled for this GPU"
+        raise DeviceError(f"{cause} ({first_error(str(error))}); {install_command()} brings what is needed") from error
 
 
 def options_of(defines: dict[str, int]) -> tuple[str, ...]:
@@ -87,30 +85,35 @@ def first_error(log: str) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
 
 
+def install_command() -> str:
+    """The line that installs what the kernels need, for the CUDA version of the CuPy in use."""
+    cupy = sys.modules.get("cupy")
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000 if cupy else 12
+    return f"pip install 'cupaged[cuda{major}]'"
+
+
 def import_cupy() -> ModuleType:
     """CuPy, with a kernel cache that can be written or none; DeviceError where it is not installed."""
+    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+        raise DeviceError(f"CuPy, which runs the CUDA kernels, is not installed; {install_command()}")
     _provide_kernel_cache()
     try:
         return importlib.import_module("cupy")
-    except ModuleNotFoundError as error:
-        if error.name != "cupy":
-            raise DeviceError(f"CuPy cannot be imported ({error}); reinstall it: {_INSTALL}") from error
-        raise DeviceError(f"CuPy, which runs the CUDA kernels, is not installed; {_INSTALL}") from error
     except (ImportError, OSError) as error:
-        raise DeviceError(f"CuPy cannot be imported ({first_error(str(error))}); reinstall it: {_INSTALL}") from error
+        raise DeviceError(f"CuPy cannot be imported ({first_error(str(error))}); reinstall it: {install_command()}") from error
 
 
 @functools.cache
 def _provide_kernel_cache() -> None:
-    """Where CuPy's cache folder cannot be written, have it compile uncached: it fails to import, or at its first kernel, otherwise."""
+    """Where CuPy's cache folder cannot be written, have it compile uncached; else its import or its first kernel would fail."""
     folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        logger.warning("kernels are compiled anew on every start: the cache folder cannot be written (%s)", error)
+        logger.warning("kernels are compiled anew at every start, because CuPy's cache folder cannot be written: %s", error)
         os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
-        os.environ["CUPY_CACHE_DIR"] = str(source_folder())  # CuPy insists on a folder that exists; nothing is written to it
+        os.environ["CUPY_CACHE_DIR"] = str(source_folder())  # any that exists: CuPy would make it, but writes nothing
 
 
 def check_device(index: int = 0) -> None:
@@ -121,24 +124,22 @@ def check_device(index: int = 0) -> None:
     if driver == 0:
         raise DeviceError("no NVIDIA driver is installed; install one, or use device 'cpu'")
     try:
-        count = runtime.getDeviceCount()
+        count, problem = runtime.getDeviceCount(), "it counts none"
     except runtime.CUDARuntimeError as error:
-        if "InsufficientDriver" in str(error):
-            raise DeviceError(
-                f"the NVIDIA driver is too old: it supports CUDA {_version(driver)} and CuPy needs {_version(needed)}; update the driver"
-            ) from error
-        count = 0
+        count, problem = 0, str(error)
+    if driver // 1000 < needed // 1000 or "InsufficientDriver" in problem:  # within a major version most drivers will do
+        versions = f"it knows CUDA {_version(driver)} and CuPy is built for {_version(needed)}"
+        raise DeviceError(f"the NVIDIA driver is too old: {versions}; update the driver, or use device 'cpu'")
     if count == 0:
-        raise DeviceError("the NVIDIA driver finds no GPU; make one visible (CUDA_VISIBLE_DEVICES), or use device 'cpu'")
+        raise DeviceError(f"the NVIDIA driver finds no GPU ({problem}); make one visible, or use device 'cpu'")
     if not 0 <= index < count:
-        raise DeviceError(f"there is no GPU {index}; the last one is cuda:{count - 1}")
+        raise DeviceError(f"there is no GPU cuda:{index}; the last one is cuda:{count - 1}")
     capability = int(cupy.cuda.Device(index).compute_capability)
-    if capability < MIN_COMPUTE_CAPABILITY:
-        raise DeviceError(
-            f"GPU {index} has compute capability {capability / 10:.1f} and the kernels need {MIN_COMPUTE_CAPABILITY / 10:.1f} (Ampere) or newer; "
-            "use another GPU or device 'cpu'"
-        )
+    if capability < _LEAST_CAPABILITY:
+        versions = f"{capability / 10:.1f} and the kernels need {_LEAST_CAPABILITY / 10:.1f} (Ampere) or newer"
+        raise DeviceError(f"cuda:{index} has compute capability {versions}; use another GPU, or device 'cpu'")
 
 
 def _version(number: int) -> str:
+    """CUDA's 12040 -> "12.4"."""
     return f"{number // 1000}.{number % 1000 // 10}"

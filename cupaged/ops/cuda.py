@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -102,16 +103,22 @@ def free_memory() -> tuple[int, int]:
     return free + cupy.get_default_memory_pool().free_bytes(), total
 
 
+@contextlib.contextmanager
+def _allocating(size: int) -> Iterator[None]:
+    """OutOfMemory where the device has no room for an array of `size` bytes."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"the GPU has no room for another {size / 1e9:.2f} GB; lower kv_memory or max_model_len, or take a smaller model"
+        ) from error
+
+
 def empty(shape: tuple[int, ...], dtype: str | np.dtype) -> Array:
     """An uninitialised device array; OutOfMemory where it does not fit."""
     dtype = np.dtype(dtype)
-    try:
+    with _allocating(math.prod(shape) * dtype.itemsize):
         return cupy.empty(shape, dtype)
-    except MemoryError as error:
-        size = math.prod(shape) * dtype.itemsize
-        raise OutOfMemory(
-            f"the GPU has no {size / 1e9:.2f} GB left to allocate; free some, lower kv_memory or max_model_len, or take a smaller model"
-        ) from error
 
 
 def upload(array: np.ndarray, dtype: str | None = None) -> Array:
@@ -123,8 +130,9 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     out = empty(array.shape, dtype)
     source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
     step = _SLICE_BYTES // dtype.itemsize
-    for start in range(0, source.size, step):
-        target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))
+    with _allocating(_SLICE_BYTES):
+        for start in range(0, source.size, step):
+            target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))
     return out
 
 
@@ -172,7 +180,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None = None) -> Array:
-    """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype` (default that of x, or "float32")."""
+    """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype`: that of x or "float32"."""
     num_rows, width = x.shape[0], weight.shape[0]
     out = empty((num_rows, width), x.dtype if dtype is None else dtype)
     if out.size:
@@ -195,7 +203,7 @@ def _gemm(x: Array, weight: Array, out: Array) -> None:
     try:
         from cupy_backends.cuda.libs import cublas
     except ImportError as error:
-        raise DeviceError("cuBLAS, which multiplies the matrices, is not installed; pip install 'cupaged[cuda12]'") from error
+        raise DeviceError(f"cuBLAS, which multiplies the matrices, is not installed; {jit.install_command()}") from error
     runtime = cupy.cuda.runtime
     types = {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
     (rows, inner), columns = x.shape, weight.shape[0]
@@ -280,7 +288,7 @@ def paged_attention(
     heads = -(-group_size // tiles)
     out = empty(q.shape, q.dtype)
     index = [_device_array(a, np.int32) for a in (q_indptr, seq_lens, page_indptr, page_indices)]
-    window = 2**31 - 1 if sliding_window is None else sliding_window
+    window = 2**30 if sliding_window is None else min(sliding_window, 2**30)  # position - window must not overflow
     sizes = (seq_lens.size, group_size, num_blocks, _shift(block_size), window)
     args = (q, k_pool, v_pool, out, *index, *map(np.int32, sizes), np.float32(scale))
     _launch("paged_attention", (num_rows, num_kv_heads, tiles), 128, args, q.dtype, HEAD_DIM=head_dim, HEADS=heads)
@@ -320,7 +328,7 @@ def sample(
     candidate: Array,
     position: Array,
 ) -> Array:
-    """One token id per row of float32 logits [B, vocab] -> int32 [B]; a row's token depends on nothing but the row's arguments."""
+    """One token id per row of float32 logits [B, vocab] -> int32 [B], as `ops.numpy` says."""
     num_rows, vocab = logits.shape
     out = empty((num_rows,), "int32")
     dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint64, np.int32, np.int32)

@@ -5,6 +5,9 @@ import functools
 import numpy as np
 import pytest
 
+from cupaged.cuda import jit
+from cupaged.ops import cuda
+
 from . import emulator
 from .guarded_memory import GuardedMemory
 
@@ -17,32 +20,21 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def emulated_ops(monkeypatch):
-    """emulated_ops(mutate=None) -> the module cupaged.ops.cuda, the kernels' text passed through `mutate`."""
-    from cupaged.cuda import jit
-    from cupaged.ops import cuda
+def ops(monkeypatch):
+    """The module cupaged.ops.cuda over GuardedMemory, its guard zones checked after every launch."""
+    memory = GuardedMemory()
 
-    def patch(mutate=None):
-        memory = GuardedMemory()
+    def kernel(source, name, **defines):
+        return functools.partial(launch, emulator.emulate(source, name, **defines))
 
-        def kernel(source, name, **defines):
-            return functools.partial(launch, emulator.emulate(source, name, mutate, **defines))
+    def launch(kernel, grid, block, args, shared_mem=0):
+        kernel(grid, block, args, shared_mem)
+        memory.check()
 
-        def launch(kernel, grid, block, args, shared_mem=0):
-            kernel(grid, block, args, shared_mem)
-            memory.check()
-
-        monkeypatch.setattr(jit, "kernel", kernel)
-        monkeypatch.setattr(cuda, "cupy", memory)
-        monkeypatch.setattr(cuda, "_gemm", gemm)
-        return cuda
-
-    return patch
-
-
-@pytest.fixture
-def ops(emulated_ops):
-    return emulated_ops()
+    monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(cuda, "cupy", memory)
+    monkeypatch.setattr(cuda, "_gemm", gemm)
+    return cuda
 
 
 def gemm(x, weight, out):

@@ -11,10 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from cupaged.cuda import jit
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 HERE = Path(__file__).parent
@@ -37,12 +38,9 @@ class EmulationError(Exception):
     """A kernel did what it must not do, or was called as it must not be."""
 
 
-def emulate(source: str, name: str, mutate: Callable[[str], str] | None = None, **defines: object) -> Kernel:
-    """The kernel `name` of the file `source` in cuda_src, its text first passed through `mutate` if that is given."""
-    from cupaged.cuda.jit import read_source
-
-    text = read_source(source)
-    return compile_kernel(mutate(text) if mutate else text, name, **defines)
+def emulate(source: str, name: str, **defines: object) -> Kernel:
+    """The kernel `name` of the file `source` in cuda_src."""
+    return compile_kernel(jit.read_source(source), name, **defines)
 
 
 def compile_kernel(text: str, name: str, **defines: object) -> Kernel:
@@ -111,16 +109,18 @@ class Kernel:
         if failure:
             raise EmulationError(f"{self.name}: {failure.decode()} (schedule {seed})")
 
-    def _pass(self, index: int, arg: object, kind: str) -> np.ndarray:
-        """The argument's bytes, once its type is seen to be the parameter's: "i4", or "*f4" for a pointer ("?": a struct)."""
-        pointer, kind, size = kind.startswith("*"), kind.lstrip("*")[0], int(kind.lstrip("*")[1:])
-        if isinstance(arg, np.ndarray) != pointer or not isinstance(arg, np.ndarray | np.generic):
-            raise EmulationError(
-                f"{self.name}, argument {index}: {'an array' if pointer else 'a NumPy scalar'} is wanted, not {arg!r}"
-            )
-        like_c = arg.dtype.kind == kind and arg.dtype.itemsize == size
-        struct = kind == "?" and size in ({0, 1, 2, 8, 16} if False else {0, 16, arg.dtype.itemsize})
-        if not like_c and not struct:
+    def _pass(self, index: int, arg: object, parameter: str) -> np.ndarray:
+        """The argument's bytes, once its type is seen to be the parameter's: "i4", "*f4" a pointer, "?2" a struct of 2 bytes."""
+        pointer = parameter.startswith("*")
+        kind, size = parameter.lstrip("*")[0], int(parameter.lstrip("*")[1:])
+        if not isinstance(arg, np.ndarray if pointer else np.generic):
+            wanted = "an array" if pointer else "a NumPy scalar"
+            raise EmulationError(f"{self.name}, argument {index}: {wanted} is wanted, not {arg!r}")
+        if kind == "?":
+            fits = size != 2 or arg.dtype.itemsize == 2  # 2: bf16 or f16; else void or a vector, for arrays of any type
+        else:
+            fits = (arg.dtype.kind, arg.dtype.itemsize) == (kind, size)
+        if not fits:
             raise EmulationError(f"{self.name}, argument {index}: {arg.dtype} passed for a {kind}{size}")
         if pointer and not arg.flags.c_contiguous:
             raise EmulationError(f"{self.name}, argument {index}: the array is not contiguous")
