@@ -1,6 +1,6 @@
 // out[i] = f(x[i], y[i]) for add and swiglu, and the addition of a bias to the rows of a matrix.
 //
-//   | 8 | 8 | 8 | ... |   one 16-byte piece per thread, the grid over all of them; elements one by one where 8 do not divide them
+//   | 8 | 8 | 8 | ... |   one 16-byte piece per thread, the grid over all; elements one by one where 8 do not divide them
 #include "dtypes.cuh"
 
 template <int N, class F>

@@ -4,7 +4,7 @@
 //
 //   pages in global memory           shared memory, two stages            registers of warp w, private until the end
 //   position: page_table[p / block]  K [TILE][HEAD_DIM + pad]             LANES lanes per position: score = q . k
-//      |  cp.async, 16 bytes each    V [TILE][HEAD_DIM]                   all lanes, HEAD_DIM / 32 elements each: out += weight * v
+//      |  cp.async, 16 bytes each    V [TILE][HEAD_DIM]                   HEAD_DIM / 32 elements a lane: out += weight * v
 //      v                             tile: | warp 0 | warp 1 | warp 2 | warp 3 |     each a quarter of the tile's positions
 //
 //   tile t:    wait for stage t % 2 -> __syncthreads -> issue the copies of t + 1 into the other stage -> compute t
@@ -39,7 +39,7 @@ static_assert(sizeof(Partial) <= sizeof(Shared), "the partial results take the p
 
 // q, out [gridDim.x, gridDim.y * group_size, HEAD_DIM]; pools [gridDim.y, num_blocks, 1 << block_shift, HEAD_DIM]; the row at
 // position p attends to positions max(0, p - window + 1) .. p.
-extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) paged_attention(  // 3 CTAs: what fits the shared memory of sm_80
     const scalar* q, const scalar* k_pool, const scalar* v_pool, scalar* out, const int* q_indptr, const int* seq_lens,
     const int* page_indptr, const int* page_indices, int num_sequences, int group_size, int num_blocks, int block_shift,
     int window, float scale) {
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
   const int sequence = sequence_of_row(row, q_indptr, num_sequences);
   const int position = position_of_row(row, sequence, q_indptr, seq_lens);
   const int* page_table = page_indices + page_indptr[sequence];
-  const int start = max(0, position - window + 1);
+  const int start = position < window ? 0 : position - window + 1;
   const int count = max(0, position + 1 - start);
   const long long first_q = ((static_cast<long long>(row) * gridDim.y + kv_head) * group_size + first_head) * HEAD_DIM;
 
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
     vec<float, 8> scaled = {};
     if (first_head + i / HEAD_DIM < group_size) {
       const vec<scalar, 8> piece = load<8>(q + first_q + i);
-      for (int j = 0; j < 8; j++) scaled.at[j] = to_float(piece.at[j]) * (scale * 1.44269504f);  // log2(e): exp(x) = 2^(x log2 e)
+      for (int j = 0; j < 8; j++) scaled.at[j] = to_float(piece.at[j]) * (scale * 1.44269504f);  // log2(e), for exp2
     }
     store<8>(&shared.q[0][0] + i, scaled);
   }

@@ -8,7 +8,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return dynamic_shared_memory;
 }
 
-// 16 bytes from global to shared memory, both aligned to 16, without passing through registers; lands by the wait for its group.
+// 16 bytes from global to shared memory, both aligned to 16, not through registers; lands by the wait for its group.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");

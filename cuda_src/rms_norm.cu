@@ -1,7 +1,7 @@
 // out = x / sqrt(mean(x^2) + eps) * weight: one row per CTA, arithmetic in float32, rounded once.
 //
-//   row: | 8 | 8 | 8 | ... |   thread t takes the 16-byte pieces t, t + blockDim.x, ...: once for the sum of squares, then again
-//                              (from the cache) for the result; elements one by one where the width is no multiple of 8
+//   row: | 8 | 8 | 8 | ... |   thread t takes the 16-byte pieces t, t + blockDim.x, ...: once for the sum of squares, then
+//                              again (from the cache) for the result; one by one where the width is no multiple of 8
 #include "dtypes.cuh"
 #include "reduce.cuh"
 

@@ -17,8 +17,8 @@ struct Shared {
   unsigned low[BINS], high[BINS];  // the halves of each bin's amount: there are no 64-bit additions in shared memory
   u64 groups[GROUPS];              // amounts of 32 bins each
   u64 scratch[32];
-  u64 remaining;  // of the target, within the bin chosen
-  unsigned prefix;  // the digits chosen so far
+  u64 remaining;                   // of the target, within the bin chosen
+  unsigned prefix;                 // the digits chosen so far
 };
 
 __device__ __forceinline__ void add_to_bin(Shared& shared, unsigned bin, u64 amount) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ float value_of(unsigned key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// f(first token, values of four) for all of a row, 16 bytes a load where they are aligned; what lies past the row is not to be used
+// f(first token, values of four) for all of a row, 16 bytes a load where aligned; the last four may reach past the row.
 template <class F>
 __device__ __forceinline__ void for_each_four(const float* row, int vocab, F f) {
   const bool aligned = vocab % 4 == 0 && reinterpret_cast<u64>(row) % 16 == 0;
@@ -90,7 +90,9 @@ __device__ unsigned threshold(Shared& shared, const float* row, int vocab, Amoun
     __syncthreads();
     for (int group = threadIdx.x; group < GROUPS; group += blockDim.x) {
       u64 sum = 0;
-      for (int i = 0; i < GROUP_BINS; i++) sum += bin_amount(shared, group * GROUP_BINS + (i + group) % GROUP_BINS);  // off the others' banks
+      for (int i = 0; i < GROUP_BINS; i++) {
+        sum += bin_amount(shared, group * GROUP_BINS + (i + group) % GROUP_BINS);  // each thread in another bank
+      }
       shared.groups[group] = sum;
     }
     __syncthreads();
@@ -111,9 +113,7 @@ __device__ unsigned threshold(Shared& shared, const float* row, int vocab, Amoun
     __syncthreads();
     digit_end = digit_begin;
   }
-  const unsigned key = shared.prefix;
-  __syncthreads();  // the next threshold overwrites it
-  return key;
+  return shared.prefix;  // a next threshold overwrites it, three barriers later
 }
 
 // Philox4x32-10 (Salmon et al. 2011): four words for a counter and a key.

@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from cupaged.arguments import SAMPLING, build_parser
 from cupaged.errors import CupagedError, InvalidArgument
-from cupaged.version import __version__
 
 if TYPE_CHECKING:
     from cupaged.engine.outputs import RequestOutput
@@ -28,23 +28,6 @@ if TYPE_CHECKING:
     from cupaged.model.sampling import SamplingParams
 
 logger = logging.getLogger("cupaged")
-DEFAULT_MODEL = "smollm2-135m-instruct"
-_SAMPLING = {  # option -> (type, what it does); an option that is not given follows the model's generation_config.json
-    "max_tokens": (int, "the most tokens to generate (default: until the model ends or its context is full)"),
-    "temperature": (float, "0 takes the most probable token, larger values vary more"),
-    "top_k": (int, "draw from the K most probable tokens (0: all)"),
-    "top_p": (float, "draw from the fewest tokens whose probabilities sum to P"),
-    "min_p": (float, "draw from tokens at least P times as probable as the most probable"),
-    "repetition_penalty": (float, "above 1: tokens already seen become less likely"),
-    "presence_penalty": (float, "subtracted from the logits of tokens already generated"),
-    "frequency_penalty": (float, "subtracted once for each time a token was generated"),
-    "seed": (int, "makes the draws repeatable"),
-}
-_JSON_KEYS = """\
---json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
-a --stop string came, "length": --max-tokens or the context was reached), model, device, dtype, and stats: load_s,
-time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
-kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _prepare_streams()
         try:
-            args = _parser().parse_args(argv)
+            args = build_parser(_COMMANDS).parse_args(argv)
         except SystemExit:  # argparse has printed the help or the version
             write("")
             return 0
@@ -132,116 +115,6 @@ def _abandon_stdout() -> None:
         os.close(devnull)
 
 
-# ---- the parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise InvalidArgument(f"{message}; see `{self.prog} --help`")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="cupaged",
-        description="Run Llama-family models through paged attention, on the CPU or an NVIDIA GPU.",
-        epilog="exit codes: 0 done, 1 failed, 2 an option, file or prompt that cannot be used as given, 130 interrupted",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"cupaged {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(run, name: str, summary: str, **kwargs: object) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
-        sub.set_defaults(run=run)
-        level = sub.add_mutually_exclusive_group()
-        level.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; -vv: tracebacks too")
-        level.add_argument("-q", "--quiet", action="store_true", help="only errors on stderr")
-        return sub
-
-    sub = command(
-        _generate,
-        "generate",
-        "Answer one prompt.",
-        epilog=_JSON_KEYS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    group = sub.add_argument_group("prompt (default: stdin, where that is not a terminal)")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT")
-    source.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text, less one newline at its end; - is stdin")
-    form = group.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", help="through the model's chat template (the default when it has one)")
-    form.add_argument("--raw", action="store_true", help="the text as it is, for the model to continue")
-    group.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
-    _add_model_options(sub)
-    _add_sampling_options(sub)
-    group = sub.add_argument_group("output")
-    form = group.add_mutually_exclusive_group()
-    form.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (the default on a terminal)"
-    )
-    form.add_argument("--json", action="store_true", help="one JSON object instead of the text; keys below")
-    group.add_argument("--stats", action="store_true", help="times and pool use, on stderr")
-
-    sub = command(_chat, "chat", "Talk with a model in the terminal; /help there lists what can be typed.")
-    sub.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
-    sub.add_argument(
-        "--stats", action="store_true", help="after each answer: prompt tokens, cached tokens and speed, on stderr"
-    )
-    _add_model_options(sub)
-    _add_sampling_options(sub)
-
-    sub = command(_fetch, "fetch", "Download a model if it is not there yet, and print its folder.")
-    sub.add_argument("model", metavar="NAME", help=f"a known name ({DEFAULT_MODEL}) or ORG/NAME on the Hugging Face hub")
-
-    sub = command(_info, "info", "Print a model's geometry and sizes, and what context fits where.")
-    sub.add_argument("model", metavar="MODEL", help="known name, folder, or ORG/NAME on the Hugging Face hub")
-    sub.add_argument("--dtype", default="auto", metavar="TYPE", help="as for generate (default: auto, for each device its own)")
-    sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-
-    sub = command(
-        _bench, "bench", "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
-    )
-    sub.add_argument("what", choices=["generate"], help="generate: prefill, decode, start-up and memory of one request")
-    sub.add_argument(
-        "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
-    )
-    sub.add_argument("--runs", type=int, default=5, help="repetitions, of which the median counts (default: 5)")
-    sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
-    sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
-    _add_model_options(sub, pool=False)
-    return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser, pool: bool = True) -> None:
-    group = parser.add_argument_group("model and device")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
-    )
-    group.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
-    )
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    if pool:
-        group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
-        group.add_argument(
-            "--kv-memory", metavar="SIZE", help="memory of the KV pool: 512MB, 2GiB or bytes (default: from free memory)"
-        )
-        group.add_argument(
-            "--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)"
-        )
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (default: the model's generation_config.json, else the most probable token)")
-    for name, (kind, what) in _SAMPLING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=what)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-
-
 # ---- the commands
 
 
@@ -314,6 +187,9 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"cupaged: wrote {save(result, args.output)}", file=sys.stderr)
 
 
+_COMMANDS = {"generate": _generate, "chat": _chat, "fetch": _fetch, "info": _info, "bench": _bench}
+
+
 # ---- from arguments to objects
 
 
@@ -323,7 +199,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, object]:
 
     for stop in args.stop or ():
         _text(stop, "--stop")
-    given = {name: getattr(args, name) for name in (*_SAMPLING, "stop") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
     SamplingParams(**given)
     return given
 

@@ -42,21 +42,20 @@ NAMED = [
 
 
 def compile_variant(source: str, defines: dict[str, int], arch: str) -> str:
-    """ptxas's report on every kernel of a source; DeviceError-like RuntimeError with the first error line where it fails."""
+    """ptxas's report on the kernels of a source; RuntimeError with the first error where it does not compile."""
     from cuda.pathfinder import find_nvidia_header_directory
     from cupy_backends.cuda.libs import nvrtc
 
-    program = nvrtc.createProgram(jit.read_source(source), source, [], [])
     include = "-I" + (find_nvidia_header_directory("cudart") or "")
     options = [*jit.options_of(defines), include, "-ftz=true", f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"]
+    program = nvrtc.createProgram(jit.read_source(source), source, [], [])
     try:
         nvrtc.compileProgram(program, options)
+        return nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(jit.first_error(nvrtc.getProgramLog(program))) from error
     finally:
-        log = nvrtc.getProgramLog(program)
         nvrtc.destroyProgram(program)
-    return log
 
 
 def usage(log: str) -> dict[str, tuple[int, int]]:

@@ -53,7 +53,7 @@ def process(*words: str, env: dict[str, str] | None = None, **kwargs) -> subproc
     """`python -m cupaged` with these words, its streams piped unless told otherwise."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, **(env or {})}
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "", **(env or {})}
     return subprocess.Popen([sys.executable, "-m", "cupaged", *map(str, words)], env=env, **{**pipes, **kwargs})
 
 
@@ -182,6 +182,15 @@ def test_info_tells_sizes_without_reading_weights(run, base):
     assert "128 tokens (whole)" in text
 
 
+@pytest.mark.parametrize(("blocks", "context"), [(0, 0), (5, 64), (1000, 128)])
+def test_info_tells_what_fits(run, base, monkeypatch, blocks, context):
+    weights, block = json.loads(run("info", base, "--json")[1])["weights_bytes"], 16 * 2 * 3 * 64 * 4
+    # A quarter of what is free beside the weights may be the pool's, and one of its blocks is reserved.
+    monkeypatch.setattr("cupaged.ops.numpy.free_memory", lambda: (weights + 4 * blocks * block, 2**40))
+    assert json.loads(run("info", base, "--json")[1])["devices"][0]["context"] == context
+    assert re.search(rf"^cpu .* {context} tokens( \(whole\))?$", run("info", base)[1], re.MULTILINE)
+
+
 def test_version_and_help(run):
     assert run("--version") == (0, f"cupaged {__version__}\n", "")
     out = run("--help")[1]
@@ -218,7 +227,10 @@ def test_smollm2_knows_the_capital_of_france(run):
         (["serve"], "serve"),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "--prompt"),
         (["generate", "--prompt", "x", "--frobnicate"], "--frobnicate"),
-        (["generate", "--prompt", "x", "--max", "3"], "--max"),  # no abbreviations: a later option would change what they mean
+        (
+            ["generate", "--prompt", "x", "--max-tok", "3"],
+            "--max-tok",
+        ),  # no abbreviations: a later option would change what they mean
         (["generate", "--prompt", ""], "empty"),
         (["generate", "--prompt", " \n"], "empty"),
         (["generate", "--prompt", "\udcff"], "--prompt"),
@@ -267,6 +279,11 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(run, base, words, says)
     code, out, err = run(*words)
     assert (code, out, is_one_line(err)) == (2, "", True), err
     assert says in err
+
+
+def test_options_are_checked_before_a_model_is_fetched(run):
+    code, _, err = run("generate", "--model", "no/such-model", "--prompt", "x", "--top-p", "7")
+    assert (code, "top_p" in err) == (2, True)
 
 
 def test_bytes_that_are_not_utf8_are_refused(run, base, tmp_path, monkeypatch):

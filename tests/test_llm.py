@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cupaged import LLM, DeviceError, InvalidArgument, OutOfMemory, SamplingParams
-from tests import tiny_models
+import tiny_models
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = [[7], list(range(1, 40)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(200, 100, -1)), [256, 65, 66]]

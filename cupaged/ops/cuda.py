@@ -127,9 +127,12 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     Conversion and staging take a slice of 16 MiB at a time, so that the host holds little beside the array itself.
     """
     dtype = array.dtype if dtype is None else np.dtype(dtype)
+    step = _SLICE_BYTES // dtype.itemsize
+    if array.size <= step:
+        with _allocating(array.size * dtype.itemsize):
+            return cupy.asarray(np.ascontiguousarray(array, dtype))
     out = empty(array.shape, dtype)
     source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
-    step = _SLICE_BYTES // dtype.itemsize
     with _allocating(_SLICE_BYTES):
         for start in range(0, source.size, step):
             target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))

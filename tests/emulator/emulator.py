@@ -110,16 +110,15 @@ class Kernel:
             raise EmulationError(f"{self.name}: {failure.decode()} (schedule {seed})")
 
     def _pass(self, index: int, arg: object, parameter: str) -> np.ndarray:
-        """The argument's bytes, once its type is seen to be the parameter's: "i4", "*f4" a pointer, "?2" a struct of 2 bytes."""
+        """The argument's bytes, once its type is seen to be the parameter's ("*f4": to float, "?2": a 2-byte struct)."""
         pointer = parameter.startswith("*")
         kind, size = parameter.lstrip("*")[0], int(parameter.lstrip("*")[1:])
         if not isinstance(arg, np.ndarray if pointer else np.generic):
             wanted = "an array" if pointer else "a NumPy scalar"
             raise EmulationError(f"{self.name}, argument {index}: {wanted} is wanted, not {arg!r}")
-        if kind == "?":
-            fits = size != 2 or arg.dtype.itemsize == 2  # 2: bf16 or f16; else void or a vector, for arrays of any type
-        else:
-            fits = (arg.dtype.kind, arg.dtype.itemsize) == (kind, size)
+        fits = (arg.dtype.kind, arg.dtype.itemsize) == (kind, size)
+        if kind == "?":  # bf16 or f16; void and vectors are for arrays of any type
+            fits = size != 2 or arg.dtype.itemsize == 2
         if not fits:
             raise EmulationError(f"{self.name}, argument {index}: {arg.dtype} passed for a {kind}{size}")
         if pointer and not arg.flags.c_contiguous:

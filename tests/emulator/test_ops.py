@@ -1,10 +1,19 @@
 """The kernels and the host code of `cupaged.ops.cuda`, emulated, against `cupaged.ops.numpy`."""
 
+import numpy as np
 import pytest
-from op_cases import CASES, check
+from op_cases import CASES, check, check_large_pool, check_rows_are_independent
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_operation_is_what_its_numpy_twin_says(ops, case, dtype):
     check(ops, case, dtype)
+
+
+def test_a_token_depends_on_its_own_row_alone(ops):
+    check_rows_are_independent(ops)
+
+
+def test_a_pool_may_be_larger_than_4_gib(ops):
+    check_large_pool(ops, np.zeros)  # memory that is never touched is never taken

@@ -1,0 +1,23 @@
+"""`cupaged.ops.cuda` on a GPU against `cupaged.ops.numpy`: the cases of the emulator and larger ones."""
+
+import pytest
+from op_cases import CASES, LARGE_CASES, check, check_large_pool, check_rows_are_independent
+
+from cupaged.errors import OutOfMemory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", [*CASES, *LARGE_CASES], ids=str)
+def test_an_operation_is_what_its_numpy_twin_says(ops, case, dtype):
+    check(ops, case, dtype)
+
+
+def test_a_token_depends_on_its_own_row_alone(ops):
+    check_rows_are_independent(ops)
+
+
+def test_a_pool_may_be_larger_than_4_gib(ops):
+    try:
+        check_large_pool(ops, ops.empty)
+    except OutOfMemory as error:
+        pytest.skip(str(error))

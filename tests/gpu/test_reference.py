@@ -1,0 +1,55 @@
+"""Logits and text on a GPU in 16 bits agree with transformers in float32.
+
+transformers itself, run in bfloat16 and float16 on the tiny models, is 0.6 to 1.4e-2 and 0.7 to 1.8e-3 away from its float32
+logits (the provenance in tests/goldens/tiny_logits.npz lists them); the limits here are 1.4 and 2 times the largest of these,
+and the smallest effect of leaving out an option of a config.json is 3.3e-2. 16 bits move SmolLM2's logits by up to 0.22
+(bfloat16) and 0.03 (float16), so a greedy continuation must be equal only where the best logit leads by more than twice that.
+"""
+
+import numpy as np
+import pytest
+import reference
+import tiny_models
+from reference import SMOLLM2
+
+from cupaged import LLM
+
+LOGITS_LIMIT = {"bfloat16": 2e-2, "float16": 4e-3}  # ||logits - reference|| / ||reference||
+LOGIT_SHIFT = {"bfloat16": 0.25, "float16": 0.05}  # of SmolLM2, absolute, at most
+
+
+@pytest.mark.parametrize("dtype", LOGITS_LIMIT)
+@pytest.mark.parametrize(("block_size", "step_tokens"), [(16, None), (1, 1), (256, 33)])
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_logits_of_tiny_models(tmp_path, name, block_size, step_tokens, dtype):
+    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+    llm = LLM(
+        folder,
+        device="cuda",
+        dtype=dtype,
+        block_size=block_size,
+        max_num_batched_tokens=step_tokens,
+        max_num_seqs=2,
+        kv_memory="16MiB",
+    )
+    assert reference.tiny_logits_distance(llm, name) <= LOGITS_LIMIT[dtype]
+
+
+@pytest.fixture(scope="module", params=LOGIT_SHIFT)
+def smollm2(request):
+    return LLM(reference.smollm2_folder(), device="cuda", dtype=request.param, max_model_len=1024, kv_memory="1GiB")
+
+
+def test_smollm2_greedy_continuations(smollm2):
+    reference.assert_greedy_equal(smollm2, reference.greedy_prompts(2 * LOGIT_SHIFT[smollm2.dtype]))
+
+
+@pytest.mark.parametrize("golden", SMOLLM2["logits"], ids=lambda golden: f"{len(golden['ids'])} tokens")
+def test_smollm2_logits(smollm2, golden):
+    logits = smollm2.logits(golden["ids"])[-1]
+    np.testing.assert_allclose(logits[golden["top_ids"]], golden["top_logits"], rtol=0, atol=LOGIT_SHIFT[smollm2.dtype])
+
+
+def test_smollm2_perplexity(smollm2):
+    golden = SMOLLM2["perplexity"]
+    assert smollm2.perplexity(golden["text"]) == pytest.approx(golden["value"], rel=2e-2)
