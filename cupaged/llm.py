@@ -116,7 +116,9 @@ class LLM:
         self.dtype = _select_dtype(dtype, weights.dtype, ops)
         longest = max_model_len or self.config.max_position_embeddings
         if longest > self.config.max_position_embeddings:
-            logger.warning("max_model_len %d is beyond the %d the model was made for", longest, self.config.max_position_embeddings)
+            logger.warning(
+                "max_model_len %d is beyond the %d the model was made for", longest, self.config.max_position_embeddings
+            )
         step_tokens = max_num_batched_tokens or (512 if device_index is None else 2048)
         with self._device:
             llama = Llama(self.config, weights, ops, self.dtype, longest)
@@ -170,7 +172,9 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if len(sampling_params) != len(prompts):
-            raise InvalidArgument(f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; give one for all or one each")
+            raise InvalidArgument(
+                f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; give one for all or one each"
+            )
         requests: list[RequestOutput] = []
         try:
             for prompt, params in zip(prompts, sampling_params, strict=True):
@@ -242,7 +246,9 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         if isinstance(prompt, dict):
             if set(prompt) != {"prompt_token_ids"}:
-                raise InvalidArgument(f'a prompt has the keys {sorted(prompt)}; give a string, token ids or {{"prompt_token_ids": [...]}}')
+                raise InvalidArgument(
+                    f'a prompt has the keys {sorted(prompt)}; give a string, token ids or {{"prompt_token_ids": [...]}}'
+                )
             prompt = prompt["prompt_token_ids"]
         if isinstance(prompt, str):
             return self.engine.add(prompt, self.tokenizer.encode(prompt), params)

@@ -7,4 +7,5 @@ from cupaged.cli import main
 
 if __name__ == "__main__":
     results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
     sys.exit(main(["bench", "generate", "--output", str(results), *sys.argv[1:]]))

@@ -319,6 +319,16 @@ def test_no_gpu_with_device_cuda():
     assert (child.returncode, out, is_one_line(err.decode())) == (1, b"", True), err
 
 
+def test_a_gpu_without_cupy_is_a_hint_and_the_cpu_answers(run, base, monkeypatch):
+    monkeypatch.setattr("cupaged.llm._has_nvidia_driver", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
+    words = ("generate", "--model", base, "--prompt", "Hello", "--max-tokens", 8)
+    code, out, err = run(*words)
+    assert (code, out, is_one_line(err)) == (0, expected(base, "Hello") + "\n", True)
+    assert "cuda12" in err
+    assert run(*words, "-q")[2] == ""
+
+
 @pytest.mark.parametrize(
     ("error", "says"), [(RuntimeError("two\nlines"), "RuntimeError: two lines"), (MemoryError(), "out of memory")]
 )

@@ -7,6 +7,7 @@ import unicodedata
 from cupaged.checkpoint.tokenizer import Tokenizer
 
 _ZERO_WIDTH_JOINER = "\u200d"
+_SYMBOLS = ("So", "Sk", "Cf", "Mn", "Me", "Cn")  # categories of what emoji are made of; Cn: newer than this Python
 
 
 class Detokenizer:
@@ -59,7 +60,7 @@ def _open_cluster(text: str) -> int:
     flags are pairs (Unicode Technical Standard 51, section 1.4).
     """
     start = len(text)
-    while start and (unicodedata.category(text[start - 1]) in ("So", "Sk", "Cf", "Mn", "Me", "Cn") and text[start - 1] > "\x7f"):
+    while start and text[start - 1] > "\x7f" and unicodedata.category(text[start - 1]) in _SYMBOLS:
         start -= 1
     # A long run of symbols is many emoji: only the last of them can be open.
     last = len(text)

@@ -20,7 +20,6 @@ from cupaged.errors import InvalidArgument, OutOfMemory
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import SamplingParams, SamplingRow, sample
 
-
 _LOGIT_ROWS = 256  # rows whose logits are on the device at once when all are asked for
 
 
@@ -102,7 +101,8 @@ class Engine:
         scheduled = self.scheduler.schedule()
         drawing = [seq for seq, count in scheduled if seq.num_computed + count == seq.num_tokens]
         logits = self._forward(scheduled, logits_of_all_rows=False)
-        tokens = sample(self.model.ops, logits, [self._sampling_row(self._candidates[seq]) for seq in drawing]) if drawing else []
+        rows = [self._sampling_row(self._candidates[seq]) for seq in drawing]
+        tokens = sample(self.model.ops, logits, rows) if rows else []
         for seq, count in scheduled:
             seq.num_computed += count
             self.blocks.publish(seq)
@@ -131,14 +131,13 @@ class Engine:
         for token_id in token_ids:
             if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < vocab_size:
                 raise InvalidArgument(f"token id {token_id!r} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
-        if len(token_ids) > self.max_model_len:
-            raise InvalidArgument(
-                f"the prompt has {len(token_ids)} tokens and the context holds {self.max_model_len}; shorten it or raise max_model_len"
-            )
-        if len(token_ids) > self.blocks.capacity:
-            raise InvalidArgument(
-                f"the prompt has {len(token_ids)} tokens and the KV pool holds {self.blocks.capacity}; shorten it or raise kv_memory"
-            )
+        for holder, room, remedy in (
+            ("context", self.max_model_len, "max_model_len"),
+            ("KV pool", self.blocks.capacity, "kv_memory"),
+        ):
+            if len(token_ids) > room:
+                cause = f"the prompt has {len(token_ids)} tokens and the {holder} holds {room}"
+                raise InvalidArgument(f"{cause}; shorten it or raise {remedy}")
 
     def _forward(self, scheduled: list[tuple[Sequence, int]], logits_of_all_rows: bool) -> np.ndarray:
         tokens: list[int] = []

@@ -49,26 +49,24 @@ def blocks_that_fit(
 ) -> int:
     """Number of blocks of the pool, block 0 included, once the weights are on the device.
 
-    `kv_memory` decides if given. Otherwise it is what `max_tokens` tokens need, at most a quarter of the free memory of a CPU, or
-    what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `activation_bytes`.
+    `kv_memory` decides if given. Otherwise it is what `max_tokens` tokens need, at most a quarter of the free memory of a
+    CPU, or what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `activation_bytes`.
     """
     block_bytes = kv_bytes_per_token(config, dtype) * block_size
     free, total = ops.free_memory()
     if kv_memory is not None:
         budget = parse_bytes(kv_memory)
         if budget < 2 * block_bytes:
-            raise InvalidArgument(
-                f"kv_memory of {budget} bytes holds no block: one takes {block_bytes} and another is reserved; give {2 * block_bytes} or more"
-            )
+            cause = f"kv_memory of {budget} bytes holds no block: one takes {block_bytes} and another is reserved"
+            raise InvalidArgument(f"{cause}; give {2 * block_bytes} or more")
         if budget > free:
             raise OutOfMemory(f"kv_memory asks for {budget / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; ask for less")
         return budget // block_bytes
     on_cpu = "float32" in ops.DTYPES
     budget = int(free * _CPU_SHARE) if on_cpu else free - int(total * (1 - gpu_memory_utilization)) - activation_bytes
     if budget < 2 * block_bytes:
-        raise OutOfMemory(
-            f"{free / 1e9:.2f} GB of memory are left beside the weights, too little for a KV pool; free memory or take a smaller model"
-        )
+        cause = f"{free / 1e9:.2f} GB of memory are left beside the weights, too little for a KV pool"
+        raise OutOfMemory(f"{cause}; free memory or take a smaller model")
     return int(min(budget // block_bytes, -(-max_tokens // block_size) + 1))
 
 

@@ -48,7 +48,10 @@ class Llama:
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
     def forward(self, batch: Batch, k_pool: np.ndarray, v_pool: np.ndarray) -> np.ndarray:
-        """Append the batch's K/V to the pools [num_layers, num_kv_heads, num_blocks, block_size, head_dim]; float32 logits [R, vocab]."""
+        """Append the batch's K/V to the pools and return float32 logits [R, vocab].
+
+        Pools are [num_layers, num_kv_heads, num_blocks, block_size, head_dim].
+        """
         ops, config = self.ops, self.config
         num_tokens = len(batch.token_ids)
         index = [ops.upload(a) for a in (batch.q_indptr, batch.seq_lens, batch.page_indptr, batch.page_indices)]

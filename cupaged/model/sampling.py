@@ -56,19 +56,23 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
 
-        self._check("n", _is_int(self.n) and self.n >= 1, "a whole number of at least 1")
-        self._check("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 1e4, "between 0 and 10000")
-        self._check("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number of at least 0 (0: off)")
-        self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
-        self._check("repetition_penalty", _is_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, _is_number(getattr(self, name)), "a finite number")
-        self._check("seed", self.seed is None or (_is_int(self.seed) and abs(self.seed) < 2**63), "a 64-bit whole number or None")
-        self._check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
-        self._check("stop_token_ids", all(_is_int(i) for i in self.stop_token_ids), "token ids")
-        self._check("min_tokens", _is_int(self.min_tokens) and self.min_tokens >= 0, "a whole number of at least 0")
-        self._check("max_tokens", self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "at least 1, or None")
+        def is_count(value: object, least: int) -> bool:
+            return _is_int(value) and value >= least
+
+        check = self._check
+        check("n", is_count(self.n, 1), "a whole number of at least 1")
+        check("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 1e4, "between 0 and 10000")
+        check("top_k", is_count(self.top_k, 0), "a whole number of at least 0 (0: off)")
+        check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
+        check("repetition_penalty", _is_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0")
+        check("presence_penalty", _is_number(self.presence_penalty), "a finite number")
+        check("frequency_penalty", _is_number(self.frequency_penalty), "a finite number")
+        check("seed", self.seed is None or (_is_int(self.seed) and abs(self.seed) < 2**63), "a 64-bit number or None")
+        check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        check("stop_token_ids", all(_is_int(i) for i in self.stop_token_ids), "token ids")
+        check("min_tokens", is_count(self.min_tokens, 0), "a whole number of at least 0")
+        check("max_tokens", self.max_tokens is None or is_count(self.max_tokens, 1), "at least 1, or None")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -49,7 +49,6 @@ struct Copy {
   void* target;
   const void* source;
   size_t bytes;
-  size_t filled_with_zeros;
   unsigned group;
 };
 
@@ -95,10 +94,7 @@ bool one_in(unsigned n) { return random() % n == 0; }
 }
 
 // ---- asynchronous copies ----------------------------------------------------------------------------------------
-static void land(const Copy& copy) {
-  memcpy(copy.target, copy.source, copy.bytes);
-  memset(static_cast<char*>(copy.target) + copy.bytes, 0, copy.filled_with_zeros);
-}
+static void land(const Copy& copy) { memcpy(copy.target, copy.source, copy.bytes); }
 
 template <class Predicate>
 static void land_if(Predicate chosen) {
@@ -114,8 +110,8 @@ static void land_if(Predicate chosen) {
   }
 }
 
-void copy_async(void* target, const void* source, size_t bytes, size_t filled_with_zeros) {
-  Copy copy = {target, source, bytes, filled_with_zeros, current().open_group};
+void copy_async(void* target, const void* source, size_t bytes) {
+  Copy copy = {target, source, bytes, current().open_group};
   if (one_in(4)) {
     land(copy);
   } else {
@@ -128,10 +124,6 @@ void commit_copies() { current().open_group++; }
 void wait_copies(unsigned pending) {
   unsigned open = current().open_group;
   land_if([=](const Copy& copy) { return copy.group + pending < open; });
-}
-
-void wait_all_copies() {
-  land_if([](const Copy&) { return true; });
 }
 
 // ---- waiting ----------------------------------------------------------------------------------------------------

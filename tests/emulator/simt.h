@@ -25,12 +25,6 @@ struct uint3 { unsigned x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace simt {
 
@@ -59,10 +53,9 @@ void sync_warp(unsigned mask);
 void sync_block(int line);
 
 // cp.async: the source is read and the target written at one moment between now and the wait.
-void copy_async(void* target, const void* source, size_t bytes, size_t filled_with_zeros = 0);
+void copy_async(void* target, const void* source, size_t bytes);
 void commit_copies();
 void wait_copies(unsigned pending);  // until at most the latest `pending` committed groups have not landed
-void wait_all_copies();
 
 // Every lane posts a value and all meet; returns the 32 boxes, which hold until the lane's next meeting.
 const unsigned char* post(const void* value, size_t bytes, unsigned mask);
@@ -220,8 +213,3 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-template <class T>
-inline T __ldg(const T* address) { return *address; }

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from .emulator import EmulationError, compile_kernel
+from .guarded_memory import GuardedMemory
 
 THREADS = 128
 
@@ -97,6 +98,20 @@ def test_a_read_outside_shared_memory_is_nan():
     out = np.zeros(1, np.float32)
     run("out[0] = ((float*)simt::shared_memory())[1024];", out, parameters="float* out")
     assert np.isnan(out[0])
+
+
+@pytest.mark.parametrize("index", [-1, 32, 1000])
+def test_a_write_outside_an_array_is_an_error_and_a_read_is_nan(index):
+    memory = GuardedMemory()
+    array, other = memory.empty((32,), "float32"), memory.asarray(np.ones(1, np.float32))
+    assert np.isnan(array).all()
+    run(f"out[threadIdx.x] = out[{index}];", array, parameters="float* out", threads=32)
+    assert np.isnan(array).all()
+    memory.check()
+    run(f"if (threadIdx.x == 7) out[{index}] = 1;", array, parameters="float* out", threads=32)
+    with pytest.raises(EmulationError, match="outside of an array"):
+        memory.check()
+    assert other[0] == 1
 
 
 WRONG = {
