@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import select
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_cli import TEMPLATE
@@ -190,40 +194,44 @@ def test_bytes_that_are_not_text_end_a_scripted_chat(folder, monkeypatch, capsys
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-def test_in_a_terminal(folder):
-    """Typed questions, Ctrl-C in an answer, Ctrl-C at the prompt, a wrong command, Ctrl-D."""
+def test_in_a_terminal(folder, tmp_path):
+    """A typed question, Ctrl-C in its answer, Ctrl-C at the prompt, a wrong command, Ctrl-D."""
     import pty
 
+    long = shutil.copytree(folder, tmp_path / "long")  # a context that takes seconds to fill
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20000}))
+    (long / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))  # nothing ends it
+    words = ["chat", "--model", str(long), "--device", "cpu", "--temperature", "1", "--seed", "1", "--stats"]
     pid, terminal = pty.fork()
     if pid == 0:
-        words = ["chat", "--model", str(folder), "--device", "cpu", "--temperature", "1", "--seed", "1", "--max-tokens", "300"]
-        os.environ["PYTHONPATH"] = os.getcwd()
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
         os.execv(sys.executable, [sys.executable, "-m", "cupaged", *words])
     screen = b""
 
-    def wait_for(text: bytes) -> None:
+    def wait_for(pattern: bytes) -> bytes:
         nonlocal screen
         deadline = time.monotonic() + 20
-        while text not in screen:
-            assert time.monotonic() < deadline, screen
-            try:
-                screen += os.read(terminal, 1 << 16)
-            except OSError:  # Linux: the other side is closed
-                pytest.fail(f"ended early: {screen!r}")
-        screen = screen.partition(text)[2]
+        while (match := re.search(pattern, screen)) is None:
+            assert select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0], screen
+            screen += os.read(terminal, 1 << 16)
+        screen = screen[match.end() :]
+        return match[0]
 
-    wait_for(b"> ")
-    os.write(terminal, b"hello\n")
-    wait_for(b"hello\r\n")
-    wait_for(b"e")  # part of the answer
-    os.write(terminal, b"\x03")
-    wait_for(b"\n> ")
-    os.write(terminal, b"half a line\x03")
-    wait_for(b"Ctrl-D or /quit leaves")
-    wait_for(b"> ")
-    os.write(terminal, b"/sing\n")
-    wait_for(b"there is no command /sing")
-    wait_for(b"> ")
-    os.write(terminal, b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.close(terminal)
+    try:
+        wait_for(b"> ")
+        os.write(terminal, b"hello\n")
+        wait_for(b"hello\r\n(.|\n)")
+        os.write(terminal, b"\x03")
+        assert int(wait_for(rb"\d+ tokens( at .*)?\r\n").split()[0]) < 19000
+        wait_for(b"> ")
+        os.write(terminal, b"half a line\x03")
+        wait_for(b"Ctrl-D or /quit leaves")
+        wait_for(b"> ")
+        os.write(terminal, b"/sing\n")
+        wait_for(b"there is no command /sing")
+        wait_for(b"> ")
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        os.close(terminal)  # hangs up on a child that is still there

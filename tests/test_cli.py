@@ -31,8 +31,9 @@ def base(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory) -> str:
-    """A model with a chat template and a context that a test does not fill by chance."""
+    """A model with a chat template and a long context, which it fills: no token ends its answers."""
     folder = write_model(tmp_path_factory.mktemp("instruct"), {**CONFIGS["llama-gqa"], "max_position_embeddings": 4096})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
     return str(folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class CompletionOutput:
-    """One completion of a prompt; `text` is without special tokens and the stop string, `token_ids` is all that was generated."""
+    """One completion of a prompt: `text` without special tokens and stop string, `token_ids` all that was generated."""
 
     index: int
     text: str = ""

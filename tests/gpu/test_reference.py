@@ -15,7 +15,12 @@ from reference import SMOLLM2
 from cupaged import LLM
 
 LOGITS_LIMIT = {"bfloat16": 2e-2, "float16": 4e-3}  # ||logits - reference|| / ||reference||
-LOGIT_SHIFT = {"bfloat16": 0.25, "float16": 0.05}  # of SmolLM2, absolute, at most
+# SmolLM2 amplifies rounding: its first token's activations reach 2600 beside others of 1. A bfloat16 run perturbed by 1e-5
+# before each rounding gives perplexities of 7.12 +- 0.055 for a float32 one of 7.065, and transformers' bfloat16 moves single
+# logits by up to 1.2. So a run in bfloat16 is one draw of many, held to 4 standard deviations.
+LOGIT_SHIFT = {"bfloat16": 0.5, "float16": 0.1}  # absolute, at most
+PERPLEXITY_SHIFT = {"bfloat16": 0.04, "float16": 0.01}  # relative, at most
+GREEDY_GAP = {"bfloat16": 0.5, "float16": 0.1}  # between the two best logits, along the whole continuation, at least
 
 
 @pytest.mark.parametrize("dtype", LOGITS_LIMIT)
@@ -41,7 +46,7 @@ def smollm2(request):
 
 
 def test_smollm2_greedy_continuations(smollm2):
-    reference.assert_greedy_equal(smollm2, reference.greedy_prompts(2 * LOGIT_SHIFT[smollm2.dtype]))
+    reference.assert_greedy_equal(smollm2, reference.greedy_prompts(GREEDY_GAP[smollm2.dtype]))
 
 
 @pytest.mark.parametrize("golden", SMOLLM2["logits"], ids=lambda golden: f"{len(golden['ids'])} tokens")
@@ -52,4 +57,4 @@ def test_smollm2_logits(smollm2, golden):
 
 def test_smollm2_perplexity(smollm2):
     golden = SMOLLM2["perplexity"]
-    assert smollm2.perplexity(golden["text"]) == pytest.approx(golden["value"], rel=2e-2)
+    assert smollm2.perplexity(golden["text"]) == pytest.approx(golden["value"], rel=PERPLEXITY_SHIFT[smollm2.dtype])
