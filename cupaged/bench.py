@@ -161,7 +161,7 @@ def read_limit(device: str, model_bytes: int, threads: int | None = None) -> flo
 
     CPU: a matrix-vector product by BLAS and a search for the maximum, over 2 GiB and over as much as the model's weights.
     The second size matters where a shared L3 of hundreds of MB keeps a part of the weights from one token to the next: no
-    figure of decode may then be held to memory alone. GPU: a sum over 8 GiB, or half of what is free.
+    figure of decode may then be held to memory alone. GPU: a sum over 4 GiB, and a copy of them, whose bytes count twice.
     """
     if device != "cpu":
         return _gpu_read_limit(int(device.partition(":")[2] or 0))
@@ -186,9 +186,14 @@ def _gpu_read_limit(index: int) -> float:
     import cupy
 
     with cupy.cuda.Device(index):
-        x = cupy.ones(min(2**33, cupy.cuda.runtime.memGetInfo()[0] // 2) // 4, cupy.float32)
+        x = cupy.ones(min(2**32, cupy.cuda.runtime.memGetInfo()[0] // 4) // 4, cupy.float32)
+        y = cupy.empty_like(x)
 
-        return x.nbytes / _best_seconds(lambda: x.sum().get())
+        def copy() -> None:
+            cupy.copyto(y, x)
+            cupy.cuda.get_current_stream().synchronize()
+
+        return max(x.nbytes / _best_seconds(lambda: x.sum().get()), 2 * x.nbytes / _best_seconds(copy))
 
 
 def product_limit(llm: LLM, threads: int | None = None) -> float:
@@ -201,7 +206,7 @@ def product_limit(llm: LLM, threads: int | None = None) -> float:
         from cupaged.ops import cuda as ops
     n = 2048 if llm.device == "cpu" else 8192
     with ops.device(int(llm.device.partition(":")[2] or 0)), threadpool_limits(threads):
-        a = ops.upload(np.ones((n, n), np.float32), llm.dtype)
+        a = ops.upload(np.random.default_rng().standard_normal((n, n), np.float32), llm.dtype)  # a GPU multiplies ones faster
         row = ops.upload(np.zeros(1, np.int32))
         return 2 * n**3 / _best_seconds(lambda: ops.download(ops.embedding(row, ops.linear(a, a))))
 

@@ -138,6 +138,8 @@ def paged_attention(
     for b, seq_len in enumerate(seq_lens):
         first, last = q_indptr[b], q_indptr[b + 1]
         pages = page_indices[page_indptr[b] : page_indptr[b] + -(-seq_len // block_size)]
+        if len(pages) > 0 and np.array_equal(pages, np.arange(pages[0], pages[0] + len(pages))):
+            pages = slice(pages[0], pages[0] + len(pages))  # a view, where indexing by a list would copy
         k = k_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
         v = v_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
         for row in range(first, last, _QUERY_TILE):
