@@ -94,7 +94,9 @@ def install_command() -> str:
 
 def import_cupy() -> ModuleType:
     """CuPy, with a kernel cache that can be written or none; DeviceError where it is not installed."""
-    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+    if sys.modules.get("cupy") is not None:
+        return sys.modules["cupy"]
+    if importlib.util.find_spec("cupy") is None:
         raise DeviceError(f"CuPy, which runs the CUDA kernels, is not installed; {install_command()}")
     _provide_kernel_cache()
     try:

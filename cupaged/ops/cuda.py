@@ -8,8 +8,9 @@ waits for it. Arrays are CuPy's, C-contiguous.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -103,22 +104,17 @@ def free_memory() -> tuple[int, int]:
     return free + cupy.get_default_memory_pool().free_bytes(), total
 
 
-@contextlib.contextmanager
-def _allocating(size: int) -> Iterator[None]:
-    """OutOfMemory where the device has no room for an array of `size` bytes."""
-    try:
-        yield
-    except MemoryError as error:
-        raise OutOfMemory(
-            f"the GPU has no room for another {size / 1e9:.2f} GB; lower kv_memory or max_model_len, or take a smaller model"
-        ) from error
+def _no_room(size: int) -> OutOfMemory:
+    remedy = "lower kv_memory or max_model_len, or take a smaller model"
+    return OutOfMemory(f"the GPU has no room for another {size / 1e6:.1f} MB; {remedy}")
 
 
 def empty(shape: tuple[int, ...], dtype: str | np.dtype) -> Array:
     """An uninitialised device array; OutOfMemory where it does not fit."""
-    dtype = np.dtype(dtype)
-    with _allocating(math.prod(shape) * dtype.itemsize):
+    try:
         return cupy.empty(shape, dtype)
+    except MemoryError as error:
+        raise _no_room(math.prod(shape) * np.dtype(dtype).itemsize) from error
 
 
 def upload(array: np.ndarray, dtype: str | None = None) -> Array:
@@ -128,15 +124,16 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     """
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     step = _SLICE_BYTES // dtype.itemsize
-    if array.size <= step:
-        with _allocating(array.size * dtype.itemsize):
+    try:
+        if array.size <= step:
             return cupy.asarray(np.ascontiguousarray(array, dtype))
-    out = empty(array.shape, dtype)
-    source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
-    with _allocating(_SLICE_BYTES):
+        out = cupy.empty(array.shape, dtype)
+        source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
         for start in range(0, source.size, step):
             target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))
-    return out
+        return out
+    except MemoryError as error:
+        raise _no_room(array.size * dtype.itemsize) from error
 
 
 def download(array: Array) -> np.ndarray:
@@ -194,8 +191,20 @@ def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None
     return out
 
 
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+_ALPHA_BETA = np.array([1, 0], np.float32)  # where cuBLAS reads them
+_ONE_ADDRESS, _ZERO_ADDRESS = _ALPHA_BETA.ctypes.data, _ALPHA_BETA.ctypes.data + 4
 _NO_REDUCED_PRECISION_REDUCTION = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+
+
+@functools.cache
+def _cublas() -> tuple[ModuleType, dict[str, int]]:
+    """CuPy's face of cuBLAS, and what cuBLAS calls the types."""
+    try:
+        from cupy_backends.cuda.libs import cublas
+    except ImportError as error:
+        raise DeviceError(f"cuBLAS, which multiplies the matrices, is not installed; {jit.install_command()}") from error
+    runtime = cupy.cuda.runtime
+    return cublas, {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
 
 
 def _gemm(x: Array, weight: Array, out: Array) -> None:
@@ -203,12 +212,7 @@ def _gemm(x: Array, weight: Array, out: Array) -> None:
 
     cuBLAS is column-major: the same memory is out^T [N, T] = (weight^T [K, N])^T @ x^T [K, T], leading dimensions N, K and K.
     """
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError as error:
-        raise DeviceError(f"cuBLAS, which multiplies the matrices, is not installed; {jit.install_command()}") from error
-    runtime = cupy.cuda.runtime
-    types = {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
+    cublas, types = _cublas()
     (rows, inner), columns = x.shape, weight.shape[0]
     try:
         handle = cupy.cuda.device.get_cublas_handle()
@@ -221,14 +225,14 @@ def _gemm(x: Array, weight: Array, out: Array) -> None:
             columns,
             rows,
             inner,
-            _ONE.ctypes.data,
+            _ONE_ADDRESS,
             weight.data.ptr,
             types[weight.dtype.name],
             inner,
             x.data.ptr,
             types[x.dtype.name],
             inner,
-            _ZERO.ctypes.data,
+            _ZERO_ADDRESS,
             out.data.ptr,
             types[out.dtype.name],
             columns,

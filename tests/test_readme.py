@@ -1,0 +1,32 @@
+"""What the README claims."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = {"2 cores of a Xeon, float32": "cpu.json", "H200, bfloat16": "generate_h200.json"}
+
+
+@pytest.mark.parametrize("machine", RESULTS)
+def test_figures_are_those_of_the_result_files(machine):
+    rows = json.loads((ROOT / "scripts" / "results" / RESULTS[machine]).read_text())["rows"]
+    start, memory, prefill, decode = (
+        next(row for row in rows if name in row["case"]) for name in ("process start", "peak memory", "prefill", "decode")
+    )
+    assert figures(machine, start, memory, prefill, decode) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def figures(machine, start, memory, prefill, decode):
+    speeds = [f"{row['tok_s']:.{0 if row['tok_s'] > 100 else 1}f} tok/s ({row['share']:.0%})" for row in (prefill, decode)]
+    return f"| {machine} | {start['s']:.1f} s | {speeds[0]} | {speeds[1]} | {memory['gb']:.2f} GB |"
+
+
+def test_every_file_that_is_named_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:cupaged|cuda_src|engine|ops|scripts|weights|tests)/[\w./]*)`", text)
+    assert len(named) > 15
+    missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / "cupaged" / name).exists()]
+    assert missing == []
