@@ -15,7 +15,6 @@ _WANTED = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "chat_template.json",
 ]
 _UNWANTED = ["*/*", "consolidated*"]  # a `*` of the hub's patterns matches slashes too; subfolders hold other formats
 
