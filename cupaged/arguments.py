@@ -18,11 +18,12 @@ SAMPLING = {  # option -> (type, what it does); an option that is not given foll
     "repetition_penalty": (float, "above 1: tokens already seen become less likely"),
     "presence_penalty": (float, "subtracted from the logits of tokens already generated"),
     "frequency_penalty": (float, "subtracted once for each time a token was generated"),
-    "seed": (int, "makes the draws repeatable"),
+    "seed": (int, "of the draws, to repeat them (default: another one each time; --json tells which)"),
 }
 _JSON_KEYS = """\
 --json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
-a --stop string came, "length": --max-tokens or the context was reached), model, device, dtype, and stats: load_s,
+a --stop string came, "length": --max-tokens or the context was reached), seed (null where nothing was drawn), model,
+device, dtype, and stats: load_s,
 time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
 kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
 

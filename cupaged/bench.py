@@ -43,7 +43,9 @@ def bench_generate(
     tokens: int = 128,
     report: Callable[[dict], None] = lambda row: None,
 ) -> dict:
-    """Measure one request at a time and return the result file of DESIGN.md section 6; `report` gets each row once it is known.
+    """Measure one request at a time and return a result file; `report` gets each row once it is known.
+
+    A result is {"machine": ..., "limit_tbps": ..., "limit_tflops": ..., "date": ..., "rows": [...]}.
 
     Rows: time from process start to the first byte on stdout and that process's peak memory (a fresh `cupaged generate`),
     prefill of `prompt_tokens` fresh random tokens, decode of `tokens` after them; medians of `runs` after one warm-up.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cupaged.errors import InvalidArgument
+from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:
     from cupaged.engine.outputs import RequestOutput
@@ -132,10 +132,14 @@ def chat(
                     logger.warning("the answer reached the limit of its length")
                 if stats:
                     print(_stats(output), file=sys.stderr)
-        except InvalidArgument as error:
+        except CupagedError as error:
             if not interactive:
                 raise
             logger.error("%s", error)
+        except KeyboardInterrupt:  # outside of the answer itself, which `ask` cuts
+            if not interactive:
+                raise
+            print(file=sys.stderr)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -146,7 +150,10 @@ def _lines(interactive: bool) -> Iterator[str]:
         try:
             line = input("> ") + "\n" if interactive else sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise InvalidArgument(f"the input is not text ({error}); give it as UTF-8") from error
+            if not interactive:
+                raise InvalidArgument(f"the input is not text ({error}); give it as UTF-8") from error
+            logger.error("what was typed is not text (%s); type it again", error)
+            continue
         except (EOFError, KeyboardInterrupt) as end:
             if not interactive:
                 raise
@@ -162,8 +169,8 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 def _command(talk: Conversation, line: str) -> bool:
     """Obey a line that begins with a slash; False for the one that ends the chat."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    name, *rest = line.split(maxsplit=1)
+    argument = rest[0] if rest else ""
     if name == "/quit":
         return False
     if name == "/help":

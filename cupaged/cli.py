@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator
@@ -139,7 +140,7 @@ def _generate(args: argparse.Namespace) -> None:
                 write(delta)
         output = stream.output
     if args.json:
-        write(json.dumps(_as_json(llm, output)) + "\n")
+        write(json.dumps(_as_json(llm, output, params.seed)) + "\n")
     else:
         write("\n" if streaming else output.outputs[0].text + "\n")
     if args.stats:
@@ -206,6 +207,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, object]:
 
 def _params(llm: LLM, sampling: dict[str, object]) -> SamplingParams:
     params = llm.default_sampling_params(**sampling)
+    if params.temperature != 0 and params.seed is None:  # each run another, but one that can be asked for again
+        params = llm.default_sampling_params(**sampling, seed=secrets.randbits(32))
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p", "seed") if name in sampling]
     if params.temperature == 0 and idle:
         logger.warning("%s: no effect at temperature 0, where nothing is drawn; give --temperature", ", ".join(idle))
@@ -268,13 +271,14 @@ def _text(value: str | None, option: str) -> str | None:
 # ---- from objects to text
 
 
-def _as_json(llm: LLM, output: RequestOutput) -> dict[str, object]:
+def _as_json(llm: LLM, output: RequestOutput, seed: int | None = None) -> dict[str, object]:
     answer, metrics, pool = output.outputs[0], output.metrics, llm.pool_stats()
     return {
         "text": answer.text,
         "token_ids": list(answer.token_ids),
         "prompt_tokens": metrics.num_prompt_tokens,
         "finish_reason": answer.finish_reason,
+        "seed": seed,
         "model": str(llm.path),
         "device": llm.device,
         "dtype": llm.dtype,

@@ -11,8 +11,9 @@ from types import ModuleType, SimpleNamespace
 from cupaged.checkpoint.config import ModelConfig, load_config
 from cupaged.checkpoint.fetch import resolve
 from cupaged.checkpoint.weights import expected_tensors, open_weights
-from cupaged.engine.kv_pool import blocks_that_fit, kv_bytes_per_token
+from cupaged.engine.kv_pool import activation_bytes, blocks_that_fit, kv_bytes_per_token
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
+from cupaged.llm import GPU_STEP_TOKENS
 
 _BLOCK_SIZE = 16
 
@@ -49,10 +50,12 @@ def _devices() -> Iterator[tuple[str, ModuleType | str]]:
     from cupaged.ops import numpy as cpu
 
     yield "cpu", cpu
+    from cupaged.cuda import jit
+
+    if not jit.has_driver():
+        return
     for index in itertools.count():
         try:
-            from cupaged.cuda import jit
-
             jit.check_device(index)
         except DeviceError as error:
             if index == 0:
@@ -70,7 +73,8 @@ def _fit(config: ModelConfig, parameters: int, dtype: str, ops: ModuleType) -> d
     loaded = SimpleNamespace(DTYPES=ops.DTYPES, free_memory=lambda: (free - weights_bytes, total))
     longest = config.max_position_embeddings
     try:
-        blocks = blocks_that_fit(loaded, config, dtype, _BLOCK_SIZE, longest, None, 0.9, activation_bytes=0)
+        reserved = activation_bytes(config, GPU_STEP_TOKENS, max_num_seqs=1)
+        blocks = blocks_that_fit(loaded, config, dtype, _BLOCK_SIZE, longest, None, 0.9, reserved)
     except OutOfMemory:
         blocks = 1  # the one that the pool keeps for itself
     return {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
-import sys
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,15 @@ from cupaged.checkpoint.fetch import resolve
 from cupaged.checkpoint.tokenizer import Tokenizer
 from cupaged.checkpoint.weights import expected_tensors, open_weights
 from cupaged.engine.engine import Engine
-from cupaged.engine.kv_pool import KVPool, blocks_that_fit, check_block_size
+from cupaged.engine.kv_pool import KVPool, activation_bytes, blocks_that_fit, check_block_size
 from cupaged.engine.outputs import RequestOutput
 from cupaged.errors import DeviceError, InvalidArgument
 from cupaged.model.llama import Llama
 from cupaged.model.sampling import SamplingParams
 
 logger = logging.getLogger("cupaged")
+
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 2048  # of a prefill, computed at once
 
 Prompt = str | Sequence[int] | dict
 Message = dict[str, str]
@@ -95,9 +96,9 @@ class LLM:
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("threads", threads),
         ]:
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
-        if not 0 < gpu_memory_utilization <= 1:
+        if not isinstance(gpu_memory_utilization, (int, float)) or not 0 < gpu_memory_utilization <= 1:
             raise InvalidArgument(f"gpu_memory_utilization is {gpu_memory_utilization!r}; give a share above 0 and at most 1")
         if load_format not in ("auto", "dummy"):
             raise InvalidArgument(f"load_format is {load_format!r}; give 'auto' or 'dummy'")
@@ -119,7 +120,7 @@ class LLM:
             logger.warning(
                 "max_model_len %d is beyond the %d the model was made for", longest, self.config.max_position_embeddings
             )
-        step_tokens = max_num_batched_tokens or (512 if device_index is None else 2048)
+        step_tokens = max_num_batched_tokens or (CPU_STEP_TOKENS if device_index is None else GPU_STEP_TOKENS)
         with self._device:
             llama = Llama(self.config, weights, ops, self.dtype, longest)
             num_blocks = blocks_that_fit(
@@ -130,7 +131,7 @@ class LLM:
                 max_num_seqs * longest,
                 kv_memory,
                 gpu_memory_utilization,
-                _activation_bytes(self.config, step_tokens, max_num_seqs),
+                activation_bytes(self.config, step_tokens, max_num_seqs),
             )
             pool = KVPool(ops, self.config, self.dtype, num_blocks, block_size)
         capacity = (num_blocks - 1) * block_size
@@ -142,11 +143,14 @@ class LLM:
             logger.info("the KV pool holds %d tokens: the context ends there, not at the model's %d", capacity, longest)
         self.max_model_len = min(longest, capacity)
         eos = self.generation_config.get("eos_token_id", self.config.eos_token_ids)
+        foreign = [token_id for token_id in eos if not 0 <= token_id < self.config.vocab_size]
+        if foreign:
+            logger.warning("ignoring the eos_token_id %s, which is not in the vocabulary", foreign)
         self.engine = Engine(
             llama,
             self.tokenizer,
             pool,
-            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=tuple(token_id for token_id in eos if token_id not in foreign),
             max_model_len=longest,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=step_tokens,
@@ -165,16 +169,16 @@ class LLM:
             prompts: a string, a list of token ids, `{"prompt_token_ids": [...]}`, or a list of these.
             sampling_params: one for all or one each; default: `default_sampling_params()`.
         """
-        if isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+        if isinstance(prompts, (str, dict)) or _is_token_ids(prompts):
             prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise InvalidArgument(f"prompts is {prompts!r}; give a string, token ids, or a list of these")
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise InvalidArgument(
-                f"{len(prompts)} prompts and {len(sampling_params)} sampling_params; give one for all or one each"
-            )
+        if not isinstance(sampling_params, Sequence) or len(sampling_params) != len(prompts):
+            raise InvalidArgument(f"sampling_params is none for all nor one for each of {len(prompts)} prompts; give either")
         requests: list[RequestOutput] = []
         try:
             for prompt, params in zip(prompts, sampling_params, strict=True):
@@ -190,15 +194,16 @@ class LLM:
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: lists of {"role": "system" | "user" | "assistant", "content": text}."""
-        if len(messages) == 0:
-            raise InvalidArgument("the conversation is empty; give at least one message")
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) == 0:
+            raise InvalidArgument(f'messages is {messages!r}; give at least one {{"role": ..., "content": ...}}')
         conversations = [messages] if isinstance(messages[0], dict) else messages
-        return self.generate([{"prompt_token_ids": self.tokenizer.encode_chat(m)} for m in conversations], sampling_params)
+        prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(list(turns))} for turns in conversations]
+        return self.generate(prompts, sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """The completion of one prompt, as an iterator of the text's pieces; a piece never ends within a character or emoji."""
-        params = sampling_params or self.default_sampling_params()
-        if params.n != 1:
+        params = self.default_sampling_params() if sampling_params is None else sampling_params
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidArgument(f"a stream carries one completion and n is {params.n}; use generate")
         return Stream(self, self._add(prompt, params))
 
@@ -208,23 +213,24 @@ class LLM:
         Keyword arguments other than None go before both.
         """
         config = self.generation_config
-        values: dict = {"temperature": 0.0, "max_tokens": None}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        values: dict = {"temperature": 0.0, "max_tokens": config.get("max_new_tokens")}
         if config.get("do_sample"):
-            values["temperature"] = 1.0
-            names = ("temperature", "top_k", "top_p", "min_p")
-            values |= {name: config[name] for name in names if config.get(name) is not None}
-        if config.get("repetition_penalty") is not None:
-            values["repetition_penalty"] = config["repetition_penalty"]
-        return SamplingParams(**(values | {name: value for name, value in overrides.items() if value is not None}))
+            values["temperature"] = config.get("temperature", 1.0)
+        values |= {name: config[name] for name in ("repetition_penalty",) if name in config}
+        values |= given
+        if values["temperature"] != 0:  # how to draw, where something is drawn
+            values |= {name: config[name] for name in ("top_k", "top_p", "min_p") if name in config and name not in given}
+        return SamplingParams(**values)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, vocab_size]: row t holds the logits of the token after ids[: t + 1]."""
         with self._device:
-            return np.concatenate(list(self.engine.logits(list(ids))))
+            return np.concatenate(list(self.engine.logits(_as_token_ids(ids))))
 
     def perplexity(self, text: str | Sequence[int]) -> float:
         """exp of the mean negative log-likelihood (natural log) of every token but the first, given those before it."""
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else _as_token_ids(text)
         if len(ids) < 2:
             raise InvalidArgument(f"perplexity needs at least 2 tokens and the text has {len(ids)}; give a longer text")
         total, row = 0.0, 0
@@ -244,15 +250,18 @@ class LLM:
         return PoolStats(pool.num_blocks, pool.block_size, pool.bytes, blocks.num_used, blocks.peak_used, blocks.num_cached)
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-        if isinstance(prompt, dict):
-            if set(prompt) != {"prompt_token_ids"}:
-                raise InvalidArgument(
-                    f'a prompt has the keys {sorted(prompt)}; give a string, token ids or {{"prompt_token_ids": [...]}}'
-                )
-            prompt = prompt["prompt_token_ids"]
-        if isinstance(prompt, str):
-            return self.engine.add(prompt, self.tokenizer.encode(prompt), params)
-        return self.engine.add(None, list(prompt), params)
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgument(f"sampling_params holds {params!r}; give SamplingParams(...)")
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            token_ids = self.tokenizer.encode(text)
+        elif isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
+            token_ids = prompt["prompt_token_ids"]
+        else:
+            token_ids = prompt
+        if not isinstance(token_ids, (Sequence, np.ndarray)) or isinstance(token_ids, (str, bytes)):
+            raise InvalidArgument(f'a prompt is {prompt!r}; give a string, token ids or {{"prompt_token_ids": [...]}}')
+        return self.engine.add(text, list(token_ids), params)
 
     def _step(self) -> None:
         with self._device:
@@ -288,6 +297,18 @@ class Stream:
         self.close()
 
 
+def _is_token_ids(prompts: object) -> bool:
+    """Whether `prompts` is one prompt as token ids, rather than a list of prompts."""
+    return isinstance(prompts, (Sequence, np.ndarray)) and len(prompts) > 0 and isinstance(prompts[0], (int, float, np.number))
+
+
+def _as_token_ids(ids: Sequence[int]) -> list[int]:
+    try:
+        return list(ids)
+    except TypeError:
+        raise InvalidArgument(f"the token ids are {ids!r}; give a list of whole numbers") from None
+
+
 class _DummyWeights:
     """Random weights of the right shapes: one small random tensor, repeated."""
 
@@ -303,29 +324,20 @@ class _DummyWeights:
 
 def _select_device(device: str) -> tuple[ModuleType, int | None]:
     """The operations to run on, and the index of the GPU (None: the CPU)."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not index.isdecimal()) or (index and kind != "cuda"):
+    match = re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d{1,4})", str(device))
+    if match is None:
         raise InvalidArgument(f"device is {device!r}; give 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if kind == "cuda" or (kind == "auto" and _has_nvidia_driver()):
-        jit = importlib.import_module("cupaged.cuda.jit")
+    jit = importlib.import_module("cupaged.cuda.jit")
+    if match[1] not in ("auto", "cpu") or (match[1] == "auto" and jit.has_driver()):
+        index = int(match[2] or 0)
         try:
-            jit.check_device(int(index or 0))
-            return importlib.import_module("cupaged.ops.cuda"), int(index or 0)
+            jit.check_device(index)
+            return importlib.import_module("cupaged.ops.cuda"), index
         except DeviceError as error:
-            if kind == "cuda":
+            if match[1] != "auto":
                 raise
             logger.warning("running on the CPU: %s", error)
     return importlib.import_module("cupaged.ops.numpy"), None
-
-
-def _has_nvidia_driver() -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _select_dtype(dtype: str, weights_dtype: str, ops: ModuleType) -> str:
@@ -334,9 +346,3 @@ def _select_dtype(dtype: str, weights_dtype: str, ops: ModuleType) -> str:
     if dtype not in ops.DTYPES:
         raise InvalidArgument(f"dtype is {dtype!r}; on this device give 'auto' or {' or '.join(map(repr, ops.DTYPES))}")
     return dtype
-
-
-def _activation_bytes(config: ModelConfig, step_tokens: int, max_num_seqs: int) -> int:
-    """What a step needs beside weights and pool, estimated high: eight hidden-sized and four FFN-sized arrays, and logits."""
-    width = 8 * max(config.hidden_size, config.num_heads * config.head_dim) + 4 * config.intermediate_size
-    return 4 * (step_tokens * width + 2 * max_num_seqs * config.vocab_size) + 2**28

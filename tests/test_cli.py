@@ -103,7 +103,7 @@ def test_a_chat_template_is_used_where_there_is_one(run, instruct):
 def test_json_is_one_object_with_the_documented_keys(run, base):
     code, out, err = run("generate", "--model", base, "--device", "cpu", "--prompt", "Hello", "--max-tokens", 1, "--json")
     answer = json.loads(out)
-    keys = ["text", "token_ids", "prompt_tokens", "finish_reason", "model", "device", "dtype", "stats"]
+    keys = ["text", "token_ids", "prompt_tokens", "finish_reason", "seed", "model", "device", "dtype", "stats"]
     stats = ["load_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "cached_tokens", "generated_tokens"]
     assert (code, err, out.count("\n"), list(answer)) == (0, "", 1, keys)
     assert list(answer["stats"]) == [*stats, "kv_blocks", "kv_blocks_peak", "kv_block_size", "kv_bytes"]
@@ -321,7 +321,7 @@ def test_no_gpu_with_device_cuda():
 
 
 def test_a_gpu_without_cupy_is_a_hint_and_the_cpu_answers(run, base, monkeypatch):
-    monkeypatch.setattr("cupaged.llm._has_nvidia_driver", lambda: True)
+    monkeypatch.setattr("cupaged.cuda.jit.has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
     words = ("generate", "--model", base, "--prompt", "Hello", "--max-tokens", 8)
     code, out, err = run(*words)

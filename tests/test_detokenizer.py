@@ -66,7 +66,7 @@ def test_text_is_all_before_the_first_stop_string(pieces, stop):
 
 @pytest.mark.parametrize(
     "emoji",
-    ["👍🏽", "👨‍👩‍👧", "❤️", "🇫🇷", "🏴‍☠️", "🙂", "👩🏽‍🚀"],
+    ["👍🏽", "👨‍👩‍👧", "❤️", "🇫🇷", "🏴‍☠️", "🙂", "👩🏽‍🚀", "1️⃣", "#️⃣", "↔️", "ℹ️", "‼️", "〰️", "🙂‍↔️", "❤️‍🔥", "🏳️‍🌈", "🏴󠁧󠁢󠁳󠁣󠁴󠁿"],
 )
 def test_an_emoji_of_several_characters_is_shown_whole(emoji):
     deltas, _, text = stream(["x", *emoji, "y", *emoji])
@@ -80,6 +80,12 @@ def test_a_row_of_flags_is_shown_flag_by_flag():
     assert all(len(delta) in (0, 2, 4) for delta in deltas)
 
 
-def test_plain_text_is_never_held_back():
+def test_plain_text_is_not_held_back():
     deltas, _, _ = stream(["Hello", ", ", "wörld", "。", "你好"])
     assert deltas == ["Hello", ", ", "wörld", "。", "你好", ""]
+
+
+def test_a_digit_waits_for_one_token_because_a_keycap_may_follow():
+    deltas, _, text = stream(["in 20", "24", ", yes"])
+    assert deltas == ["in 2", "02", "4, yes", ""]
+    assert text == "in 2024, yes"

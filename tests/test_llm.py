@@ -1,6 +1,8 @@
 """LLM on tiny random models: what a request gives does not depend on what runs beside it, nor on how the pool is cut."""
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -173,9 +175,41 @@ def test_perplexity_is_that_of_the_logits(llm):
     assert llm.perplexity(ids) == pytest.approx(expected, rel=1e-6)
 
 
-def test_default_sampling_params(llm):
-    assert llm.default_sampling_params().temperature == 0
-    assert llm.default_sampling_params(temperature=0.5, top_p=None).temperature == 0.5
+@pytest.mark.parametrize(
+    ("generation_config", "given", "expected"),
+    [
+        ({}, {}, {"temperature": 0, "top_p": 1.0, "max_tokens": None}),
+        ({"temperature": 0.6}, {}, {"temperature": 0}),
+        ({"do_sample": True}, {}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {}, {"temperature": 0.6, "top_k": 20}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {"top_k": 5}, {"temperature": 0.6, "top_k": 5}),
+        ({"do_sample": True, "temperature": 0.6}, {"temperature": 0}, {"temperature": 0}),
+        ({"top_p": 0.9}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}),
+        ({"max_new_tokens": 7}, {}, {"max_tokens": 7}),
+        ({"max_new_tokens": 7}, {"max_tokens": 9}, {"max_tokens": 9}),
+        ({"repetition_penalty": 1.5}, {}, {"repetition_penalty": 1.5}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.0, "top_p": None}, {"repetition_penalty": 1.0}),
+    ],
+    ids=str,
+)
+def test_what_is_given_goes_before_generation_config_before_greedy(folder, tmp_path, generation_config, given, expected):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation_config))
+    params = LLM(tmp_path / "model", device="cpu", kv_memory="1MB").default_sampling_params(**given)
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+def test_generation_config_says_what_ends_a_completion(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "model")
+    plain = token_ids(LLM(folder, device="cpu", kv_memory="1MB"), "a")
+    config = {"eos_token_id": [plain[5], 99999999]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path / "model", device="cpu", kv_memory="1MB")
+    assert "99999999" in caplog.text
+    output = llm.generate("a", SamplingParams(temperature=0, max_tokens=24))[0].outputs[0]
+    assert (output.token_ids, output.finish_reason) == (plain[: plain.index(plain[5]) + 1], "stop")
+    early = SamplingParams(temperature=0, max_tokens=24, min_tokens=20)
+    assert len(llm.generate("a", early)[0].outputs[0].token_ids) >= 20
 
 
 @pytest.mark.parametrize(
@@ -186,7 +220,12 @@ def test_default_sampling_params(llm):
         ([260], "vocabulary"),
         ([1.5], "vocabulary"),
         (list(range(129)), "context"),
+        ([True], "vocabulary"),
+        (list(range(128)), "one of them for the answer"),
         ({"prompt": "x"}, "prompt_token_ids"),
+        ({"prompt_token_ids": None}, "prompt_token_ids"),
+        (b"hi", "prompt_token_ids"),
+        (None, "prompt_token_ids"),
     ],
 )
 def test_a_wrong_prompt_is_refused_and_harms_nobody(llm, prompt, says):
@@ -196,9 +235,38 @@ def test_a_wrong_prompt_is_refused_and_harms_nobody(llm, prompt, says):
 
 
 @pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda llm: llm.generate(None), "prompts"),
+        (lambda llm: llm.generate([1.5]), "vocabulary"),
+        (lambda llm: llm.generate("a", {"max_tokens": 1}), "sampling_params"),
+        (lambda llm: llm.generate(["a"], [None]), "sampling_params"),
+        (lambda llm: llm.generate(["a"], [GREEDY, GREEDY]), "sampling_params"),
+        (lambda llm: llm.generate("a", SamplingParams(stop_token_ids=[999999], min_tokens=5)), "stop_token_ids"),
+        (lambda llm: llm.generate("a", SamplingParams(stop_token_ids=[-1], min_tokens=5)), "stop_token_ids"),
+        (lambda llm: llm.stream("a", {"max_tokens": 1}), "sampling_params"),
+        (lambda llm: llm.stream("a", SamplingParams(n=2)), "one completion"),
+        (lambda llm: llm.chat(None), "messages"),
+        (lambda llm: llm.chat([]), "messages"),
+        (lambda llm: llm.logits(None), "token ids"),
+        (lambda llm: llm.perplexity(5), "token ids"),
+        (lambda llm: llm.perplexity("a"), "at least 2"),
+    ],
+)
+def test_wrong_calls_are_named(llm, call, says):
+    with pytest.raises(InvalidArgument, match=says):
+        call(llm)
+    assert llm.pool_stats().used_blocks == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"device": "tpu"}, "device"),
+        ({"device": "cuda:"}, "device"),
+        ({"device": None}, "device"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization"),
+        ({"kv_memory": "9" * 400}, "kv_memory"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"block_size": 3}, "block_size"),
         ({"block_size": 512}, "block_size"),
@@ -236,6 +304,13 @@ def test_a_pool_beyond_the_memory_is_refused(folder):
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_k": -2},
+        {"top_k": 3_000_000_000},
+        {"temperature": 1e-40},
+        {"frequency_penalty": 1e39},
+        {"repetition_penalty": 1e-300},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"ignore_eos": "x"},
         {"min_p": 2},
         {"repetition_penalty": 0},
         {"n": 0},

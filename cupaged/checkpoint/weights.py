@@ -64,10 +64,10 @@ def open_weights(folder: str | Path, config: ModelConfig) -> Weights:
     """
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         stored = _read_header(single)
         source = single
-    elif index.exists():
+    elif index.is_file():
         stored = _read_shards(index)
         source = index
     else:
@@ -208,6 +208,8 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     if not folder.is_dir():
         return CheckpointError(f"{folder} is not a folder. Give the folder of a model in Hugging Face format.")
     names = sorted(path.name for path in folder.iterdir())
+    if "model.safetensors" in names:
+        return CheckpointError(f"{folder / 'model.safetensors'} is no file, or a link to one that is missing. {_AGAIN}")
     shards = [name for name in names if name.startswith("model-") and name.endswith(".safetensors")]
     if shards:
         return CheckpointError(f"{folder} holds {_some(shards)}, but no model.safetensors.index.json. Download it as well.")

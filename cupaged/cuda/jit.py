@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -89,7 +90,7 @@ def install_command() -> str:
     """The line that installs what the kernels need, for the CUDA version of the CuPy in use."""
     cupy = sys.modules.get("cupy")
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000 if cupy else 12
-    return f"pip install 'cupaged[cuda{major}]'"
+    return f"pip install '.[cuda{major}]' in a checkout of cupaged"
 
 
 def import_cupy() -> ModuleType:
@@ -116,6 +117,17 @@ def _provide_kernel_cache() -> None:
         logger.warning("kernels are compiled anew at every start, because CuPy's cache folder cannot be written: %s", error)
         os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
         os.environ["CUPY_CACHE_DIR"] = str(source_folder())  # any that exists: CuPy would make it, but writes nothing
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver is installed; on Linux, the one system that the CUDA kernels run on."""
+    if sys.platform != "linux":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def check_device(index: int = 0) -> None:

@@ -52,10 +52,9 @@ class BlockManager:
             block = self._block_of.get(content)
             if block is None:
                 break
-            if self._owners[block] == 0:
-                del self._free[block]
             self._owners[block] += 1
             seq.page_table.append(block)
+            self._free.pop(block, None)
             seq.num_published, seq.content_hash = index + 1, content
         seq.num_computed = len(seq.page_table) * self.block_size
         self.peak_used = max(self.peak_used, self.num_used)
@@ -66,10 +65,12 @@ class BlockManager:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            block, _ = self._free.popitem(last=False)
+            block = next(iter(self._free))
             self._forget(block)
+            # Off the free list last: Ctrl-C between two of these lines then loses no block.
             self._owners[block] = 1
             seq.page_table.append(block)
+            del self._free[block]
         self.peak_used = max(self.peak_used, self.num_used)
         return True
 

@@ -7,7 +7,10 @@ import unicodedata
 from cupaged.checkpoint.tokenizer import Tokenizer
 
 _ZERO_WIDTH_JOINER = "\u200d"
-_SYMBOLS = ("So", "Sk", "Cf", "Mn", "Me", "Cn")  # categories of what emoji are made of; Cn: newer than this Python
+_EXTENDING = ("Mn", "Me", "Cf", "Sk")  # Unicode categories of what may follow the first character of an emoji
+_BASES = ("So", "Sm", "Cn")  # and of that first character; Cn: newer than this Python
+_OTHER_BASES = "\u203c\u2049\u2139\u3030\u303d"  # emoji among punctuation and letters
+_KEYCAPS = "0123456789#*"
 
 
 class Detokenizer:
@@ -56,20 +59,27 @@ def _stop_overlap(text: str, stops: tuple[str, ...]) -> int:
 def _open_cluster(text: str) -> int:
     """Length of the emoji or symbol at the end of `text` that the next character may still extend; 0 for ordinary text.
 
-    A shown emoji can be several characters: modifiers and variation selectors follow it, joiners bind it to the next,
-    flags are pairs (Unicode Technical Standard 51, section 1.4).
+    A shown emoji can be several characters: selectors, modifiers and tags follow its first one, joiners bind it to the next,
+    flags are pairs, and keycaps begin with a plain digit (Unicode Technical Standard 51, section 1.4).
     """
     start = len(text)
-    while start and text[start - 1] > "\x7f" and unicodedata.category(text[start - 1]) in _SYMBOLS:
-        start -= 1
-    # A long run of symbols is many emoji: only the last of them can be open.
-    last = len(text)
-    while last > start:
-        last -= 1
-        joined = last > start and text[last - 1] == _ZERO_WIDTH_JOINER
-        if unicodedata.category(text[last]) in ("So", "Cn") and not joined and not _second_of_flag(text, last):
-            break
-    return len(text) - last
+    while True:
+        first = start
+        while first and text[first - 1] > "\x7f" and unicodedata.category(text[first - 1]) in _EXTENDING:
+            first -= 1
+        if not first or not _begins_emoji(text[first - 1]):
+            return len(text) - start
+        start = first - 1
+        if _second_of_flag(text, start):
+            start -= 1
+        if not start or text[start - 1] != _ZERO_WIDTH_JOINER:
+            return len(text) - start
+
+
+def _begins_emoji(character: str) -> bool:
+    if character <= "\x7f":
+        return character in _KEYCAPS
+    return character in _OTHER_BASES or unicodedata.category(character) in _BASES
 
 
 def _second_of_flag(text: str, index: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,8 @@ class Engine:
 
     def add(self, prompt: str | None, token_ids: list[int], params: SamplingParams) -> RequestOutput:
         """Queue a request; the RequestOutput is updated in place by `step` until it is finished."""
-        self._check_prompt(token_ids)
+        self._check_prompt(token_ids, num_new=1)
+        self._check_vocabulary("stop_token_ids holds", params.stop_token_ids)
         arrival = time.perf_counter()
         outputs = [CompletionOutput(index) for index in range(params.n)]
         metrics = RequestMetrics(arrival, num_prompt_tokens=len(token_ids))
@@ -111,7 +112,7 @@ class Engine:
 
     def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
         """float32 [n, vocab] logits of all positions, some rows at a time; row t predicts token t + 1."""
-        self._check_prompt(token_ids)
+        self._check_prompt(token_ids, num_new=0)
         # A sequence beside the scheduler's: it starts without cached blocks, because every row is wanted.
         seq = Sequence(token_ids, len(token_ids), len(token_ids))
         try:
@@ -124,20 +125,26 @@ class Engine:
         finally:
             self.blocks.release(seq)
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], num_new: int) -> None:
         if not token_ids:
             raise InvalidArgument("the prompt is empty; give at least one token")
-        vocab_size = self.model.config.vocab_size
-        for token_id in token_ids:
-            if not isinstance(token_id, (int, np.integer)) or not 0 <= token_id < vocab_size:
-                raise InvalidArgument(f"token id {token_id!r} is not in the vocabulary; ids go from 0 to {vocab_size - 1}")
+        self._check_vocabulary("the prompt holds", token_ids)
         for holder, room, remedy in (
             ("context", self.max_model_len, "max_model_len"),
             ("KV pool", self.blocks.capacity, "kv_memory"),
         ):
-            if len(token_ids) > room:
-                cause = f"the prompt has {len(token_ids)} tokens and the {holder} holds {room}"
+            if len(token_ids) + num_new > room:
+                answer = ", one of them for the answer" if num_new and len(token_ids) == room else ""
+                cause = f"the prompt has {len(token_ids)} tokens and the {holder} holds {room}{answer}"
                 raise InvalidArgument(f"{cause}; shorten it or raise {remedy}")
+
+    def _check_vocabulary(self, holder: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        for token_id in token_ids:
+            whole = isinstance(token_id, (int, np.integer)) and not isinstance(token_id, bool)
+            if not whole or not 0 <= token_id < vocab_size:
+                cause = f"{holder} {token_id!r}, which is not in the vocabulary"
+                raise InvalidArgument(f"{cause}; token ids go from 0 to {vocab_size - 1}")
 
     def _forward(self, scheduled: list[tuple[Sequence, int]], logits_of_all_rows: bool) -> np.ndarray:
         tokens: list[int] = []

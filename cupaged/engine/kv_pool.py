@@ -31,7 +31,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
 
 def parse_bytes(size: int | str) -> int:
     """4096, "4096", "24MB" (10^6), "24MiB" (2^20), "1.5GB" -> bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
         raise InvalidArgument(f"kv_memory is {size!r}; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -45,12 +45,12 @@ def blocks_that_fit(
     max_tokens: int,
     kv_memory: int | str | None,
     gpu_memory_utilization: float,
-    activation_bytes: int,
+    reserved_bytes: int,
 ) -> int:
     """Number of blocks of the pool, block 0 included, once the weights are on the device.
 
     `kv_memory` decides if given. Otherwise it is what `max_tokens` tokens need, at most a quarter of the free memory of a
-    CPU, or what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `activation_bytes`.
+    CPU, or what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `reserved_bytes`.
     """
     block_bytes = kv_bytes_per_token(config, dtype) * block_size
     free, total = ops.free_memory()
@@ -63,11 +63,17 @@ def blocks_that_fit(
             raise OutOfMemory(f"kv_memory asks for {budget / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; ask for less")
         return budget // block_bytes
     on_cpu = "float32" in ops.DTYPES
-    budget = int(free * _CPU_SHARE) if on_cpu else free - int(total * (1 - gpu_memory_utilization)) - activation_bytes
+    budget = int(free * _CPU_SHARE) if on_cpu else free - int(total * (1 - gpu_memory_utilization)) - reserved_bytes
     if budget < 2 * block_bytes:
         cause = f"{free / 1e9:.2f} GB of memory are left beside the weights, too little for a KV pool"
         raise OutOfMemory(f"{cause}; free memory or take a smaller model")
     return int(min(budget // block_bytes, -(-max_tokens // block_size) + 1))
+
+
+def activation_bytes(config: ModelConfig, step_tokens: int, max_num_seqs: int) -> int:
+    """What a step needs beside weights and pool, estimated high: eight hidden-sized and four FFN-sized arrays, and logits."""
+    width = 8 * max(config.hidden_size, config.num_heads * config.head_dim) + 4 * config.intermediate_size
+    return 4 * (step_tokens * width + 2 * max_num_seqs * config.vocab_size) + 2**28
 
 
 def check_block_size(block_size: int) -> None:

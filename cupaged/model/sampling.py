@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,7 +17,7 @@ class SamplingParams:
 
     Attributes:
         n: independent completions of one prompt.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        temperature: 0 takes the most probable token; otherwise, from 1e-5 on, logits are divided by it.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
         top_p: keep the fewest tokens whose probabilities sum to this.
         min_p: keep tokens at least this share of the most probable one.
@@ -51,9 +50,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, expected in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
+            value = getattr(self, name)
+            value = () if value is None else (value,) if isinstance(value, str) else value
+            self._check(name, isinstance(value, Sequence), expected)
+            object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
 
         def is_count(value: object, least: int) -> bool:
@@ -61,18 +62,20 @@ class SamplingParams:
 
         check = self._check
         check("n", is_count(self.n, 1), "a whole number of at least 1")
-        check("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 1e4, "between 0 and 10000")
-        check("top_k", is_count(self.top_k, 0), "a whole number of at least 0 (0: off)")
-        check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
-        check("repetition_penalty", _is_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0")
-        check("presence_penalty", _is_number(self.presence_penalty), "a finite number")
-        check("frequency_penalty", _is_number(self.frequency_penalty), "a finite number")
+        check("temperature", self.temperature == 0 or _is_number(self.temperature, 1e-5, 1e4), "0, or 0.00001 to 10000")
+        check("top_k", is_count(self.top_k, 0) and self.top_k < 2**31, "a whole number of at least 0 (0: off)")
+        check("top_p", _is_number(self.top_p, 1e-10, 1), "above 0 and at most 1")
+        check("min_p", _is_number(self.min_p, 0, 1), "between 0 and 1")
+        check("repetition_penalty", _is_number(self.repetition_penalty, 1e-4, 1e4), "between 0.0001 and 10000")
+        check("presence_penalty", _is_number(self.presence_penalty, -1e4, 1e4), "between -10000 and 10000")
+        check("frequency_penalty", _is_number(self.frequency_penalty, -1e4, 1e4), "between -10000 and 10000")
         check("seed", self.seed is None or (_is_int(self.seed) and abs(self.seed) < 2**63), "a 64-bit number or None")
-        check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        check("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings")
         check("stop_token_ids", all(_is_int(i) for i in self.stop_token_ids), "token ids")
         check("min_tokens", is_count(self.min_tokens, 0), "a whole number of at least 0")
         check("max_tokens", self.max_tokens is None or is_count(self.max_tokens, 1), "at least 1, or None")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -83,8 +86,9 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: object, least: float, most: float) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and least <= value <= most
 
 
 @dataclass
