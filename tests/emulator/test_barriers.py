@@ -1,4 +1,4 @@
-"""Every barrier and every wait for copies in cuda_src is needed: without any one of them some operation fails here.
+"""Every barrier and every wait for copies in the kernels of `ops.cuda` is needed: without any one an operation fails here.
 
 That shows two things at once: the emulator sees a missing barrier, and the kernels have none to spare.
 """
@@ -10,15 +10,24 @@ import pytest
 from op_cases import CASES, check
 
 from cupaged.cuda import jit
+from cupaged.ops import cuda
 
 from .emulator import EmulationError
 
 BARRIER = re.compile(r"\b(__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<\d+>\(\));")
+INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
+
+
+def files_of(name):
+    """A file of cuda_src and those it includes."""
+    included = INCLUDE.findall((jit.source_folder() / name).read_text())
+    return {name}.union(*(files_of(file) for file in included if (jit.source_folder() / file).is_file()))
+
+
 BARRIERS = [
-    (path.name, text[: match.start()].count("\n") + 1, match.span())
-    for path in sorted(jit.source_folder().iterdir())
-    if path.suffix in (".cu", ".cuh")
-    for text in [path.read_text()]
+    (file, text[: match.start()].count("\n") + 1, match.span())
+    for file in sorted(set.union(*(files_of(source) for source, _, _ in cuda.variants())))
+    for text in [(jit.source_folder() / file).read_text()]
     for match in BARRIER.finditer(text)
 ]
 # the operations whose kernels have barriers, few enough shapes that a mutant is compiled once or twice
