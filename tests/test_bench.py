@@ -40,9 +40,12 @@ def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
     assert math.isclose(prefill["share"], 2 * weights * prefill["tok_s"] / (result["limit_tflops"] * 1e12))
 
 
-def test_the_limits_of_reading_are_those_of_a_machine():
-    fast, slow = bench.read_limit("cpu", 2**25), 2 * 10**8
-    assert slow < fast < 10**13
+def test_the_limit_of_reading_is_the_best_of_all_ways_and_sizes(monkeypatch):
+    seconds = iter([4.0, 2.0, 1.0, 0.5])  # two ways over SWEEP_BYTES, then the same two over the model's bytes
+    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**24)
+    monkeypatch.setattr(bench, "_best_seconds", lambda action: (action(), next(seconds))[1])
+    assert bench.read_limit("cpu", 2**22, threads=2) == max(2**24 / 2.0, 2**22 / 0.5)
+    assert next(seconds, None) is None
 
 
 def test_a_process_that_fails_is_reported_with_its_own_words(tmp_path, monkeypatch):

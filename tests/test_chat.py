@@ -231,6 +231,12 @@ def test_in_a_terminal(folder, tmp_path):
         os.write(terminal, b"/sing\n")
         wait_for(b"there is no command /sing")
         wait_for(b"> ")
+        os.write(terminal, b"\xff\n")
+        wait_for(b"not text")
+        wait_for(b"> ")
+        os.write(terminal, b"/system\tBe brief.\n")
+        wait_for(b"system message is set")
+        wait_for(b"> ")
         os.write(terminal, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     finally:
