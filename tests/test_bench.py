@@ -40,12 +40,13 @@ def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
     assert math.isclose(prefill["share"], 2 * weights * prefill["tok_s"] / (result["limit_tflops"] * 1e12))
 
 
-def test_the_limit_of_reading_is_the_best_of_all_ways_and_sizes(monkeypatch):
-    seconds = iter([4.0, 2.0, 1.0, 0.5])  # two ways over SWEEP_BYTES, then the same two over the model's bytes
+@pytest.mark.parametrize(("fastest", "size"), [(0, 2**24), (1, 2**24), (2, 2**22), (3, 2**22)])
+def test_the_limit_of_reading_is_the_best_of_all_ways_and_sizes(monkeypatch, fastest, size):
+    seconds = [0.01 if way == fastest else 8.0 for way in range(4)]  # two ways over SWEEP_BYTES, two over the model's bytes
     monkeypatch.setattr(bench, "SWEEP_BYTES", 2**24)
-    monkeypatch.setattr(bench, "_best_seconds", lambda action: (action(), next(seconds))[1])
-    assert bench.read_limit("cpu", 2**22, threads=2) == max(2**24 / 2.0, 2**22 / 0.5)
-    assert next(seconds, None) is None
+    monkeypatch.setattr(bench, "_best_seconds", lambda action: (action(), seconds.pop(0))[1])
+    assert bench.read_limit("cpu", 2**22, threads=2) == size / 0.01
+    assert seconds == []
 
 
 def test_a_process_that_fails_is_reported_with_its_own_words(tmp_path, monkeypatch):
