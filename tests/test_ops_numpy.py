@@ -53,7 +53,9 @@ def test_paged_attention_tiles_of_query_rows_join(rng, monkeypatch):
     arguments = attention("", [(70, 50), (9, 9)], (2, 1), 16, window=13).draw(rng)
     whole = ops.paged_attention(**arguments)
     monkeypatch.setattr(ops, "_QUERY_TILE", 7)
-    np.testing.assert_allclose(ops.paged_attention(**arguments), whole, rtol=1e-12)
+    # Held by row, as everywhere: an element may be the small difference of large terms.
+    difference = np.linalg.norm(ops.paged_attention(**arguments) - whole, axis=-1)
+    assert np.all(difference <= 1e-14 * np.linalg.norm(whole, axis=-1))
 
 
 def test_rope_is_a_complex_rotation_and_the_append_lands_where_attention_reads(rng):
