@@ -59,6 +59,7 @@ __device__ __forceinline__ vec<T, N> load(const T* source) {
 template <int N, class T>
 __device__ __forceinline__ void store(T* target, const vec<T, N>& value) {
   *reinterpret_cast<vec<T, N>*>(target) = value;
+  note_store(target, sizeof value);
 }
 
 template <class T>

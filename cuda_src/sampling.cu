@@ -7,6 +7,7 @@
 //     walk the bins down from the top until the target is reached; only the tokens of that bin go on to the next bits
 //
 //   Amounts are integers (probabilities in units of 2^-40 of the largest), so that a sum is the same in any order.
+#include "float_order.cuh"
 #include "reduce.cuh"
 
 typedef unsigned long long u64;
@@ -30,12 +31,6 @@ __device__ __forceinline__ void add_to_bin(Shared& shared, unsigned bin, u64 amo
 
 __device__ __forceinline__ u64 bin_amount(const Shared& shared, int bin) {
   return static_cast<u64>(shared.high[bin]) << 32 | shared.low[bin];
-}
-
-// Unsigned integers in the order of the floats; -0 is first made +0, which it equals.
-__device__ __forceinline__ unsigned key_of(float x) {
-  const unsigned bits = __float_as_uint(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 __device__ __forceinline__ float value_of(unsigned key) {
@@ -212,10 +207,9 @@ extern "C" __global__ void __launch_bounds__(128) penalise(
   }
 }
 
-// logits[b, t] = -inf for the tokens t of row b = blockIdx.x.
-extern "C" __global__ void __launch_bounds__(128) forbid(float* logits, const int* indptr, const int* token_ids, int vocab) {
+// logits[b, t] += value for the tokens t of row b = blockIdx.x, which are distinct.
+extern "C" __global__ void __launch_bounds__(128) bias(
+    float* logits, const int* indptr, const int* token_ids, const float* values, int vocab) {
   float* row = logits + static_cast<long long>(blockIdx.x) * vocab;
-  for (int i = indptr[blockIdx.x] + threadIdx.x; i < indptr[blockIdx.x + 1]; i += blockDim.x) {
-    row[token_ids[i]] = __int_as_float(0xff800000);
-  }
+  for (int i = indptr[blockIdx.x] + threadIdx.x; i < indptr[blockIdx.x + 1]; i += blockDim.x) row[token_ids[i]] += values[i];
 }

@@ -20,7 +20,7 @@ struct SoftmaxState {
   }
 
   // 1 / sum; 0 where there are no keys, and `out` is 0 too
-  __device__ __forceinline__ float normaliser() const { return sum == 0 ? 0.0f : 1.0f / sum; }
+  __device__ __forceinline__ float normaliser() const { return sum == 0 ? 0.0f : rcp_approx(sum); }
 
   // Log-sum-exp of the scores, in units of log 2.
   __device__ __forceinline__ float lse() const { return sum == 0 ? minus_infinity() : top + log2f(sum); }

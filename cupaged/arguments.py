@@ -23,9 +23,25 @@ SAMPLING = {  # option -> (type, what it does); an option that is not given foll
 _JSON_KEYS = """\
 --json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
 a --stop string came, "length": --max-tokens or the context was reached), seed (null where nothing was drawn), model,
-device, dtype, and stats: load_s,
+device, dtype, kv_cache_dtype, and stats: load_s,
 time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
 kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
+
+_BATCH_FORMAT = """\
+A line of IN.jsonl is a request in the format of OpenAI's batches:
+
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 100}}
+
+or with the url /v1/completions and a body that has a prompt. Bodies may hold temperature, top_p, n, seed, stop,
+presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs, max_tokens, max_completion_tokens, and top_k, min_p,
+repetition_penalty, min_tokens, ignore_eos, stop_token_ids, skip_special_tokens; what they leave out follows the model's
+generation_config.json, but for max_tokens of a completion (16) and the seed, which is made from the request so that it can be
+repeated. The body's model is only echoed. A line of OUT.jsonl is {"id", "custom_id", "response", "error"}, in the order of the
+requests. A request that fails is a line with an error and does not change the exit code; of lines with the same custom_id
+only the first is run, the others are errors with custom_id null, as are lines that are no request.
+
+Until all is done the answers are in OUT.jsonl.partial. However a run has ended, the same command goes on from there and
+computes no answer twice, errors included; to compute all anew, delete OUT.jsonl and OUT.jsonl.partial."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,12 +103,26 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     _add_model_options(sub)
     _add_sampling_options(sub)
 
+    sub = command(
+        "batch",
+        "Answer a file of requests, many at a time; a run that was broken off goes on where it was.",
+        epilog=_BATCH_FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("input", metavar="IN.jsonl", help="the requests, one JSON object a line; format below")
+    sub.add_argument("output", metavar="OUT.jsonl", help="gets the answers, once all are there")
+    sub.add_argument(
+        "--max-num-seqs", type=int, default=64, metavar="N", help="sequences computed at a time, at most (default: 64)"
+    )
+    _add_model_options(sub, kv_memory="room for all --max-num-seqs, within a quarter of the free memory, or 90%% of a GPU's")
+
     sub = command("fetch", "Download a model if it is not there yet, and print its folder.")
     sub.add_argument("model", metavar="NAME", help=f"a known name ({DEFAULT_MODEL}) or ORG/NAME on the Hugging Face hub")
 
     sub = command("info", "Print a model's geometry and sizes, and what context fits where.")
     sub.add_argument("model", metavar="MODEL", help="known name, folder, or ORG/NAME on the Hugging Face hub")
     sub.add_argument("--dtype", default="auto", metavar="TYPE", help="as for generate (default: auto, for each device its own)")
+    sub.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="as for generate (default: auto)")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
     sub = command("bench", "Measure this machine; figures stand beside the machine's own limits, taken in the same run.")
@@ -103,11 +133,12 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
     sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
     sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
-    _add_model_options(sub, pool=False)
+    _add_model_options(sub, kv_memory=None)
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser, pool: bool = True) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, kv_memory: str | None = "one whole context") -> None:
+    """`kv_memory`: what the pool's memory is by default; None: the command decides on the pool."""
     group = parser.add_argument_group("model and device")
     group.add_argument(
         "--model",
@@ -118,11 +149,17 @@ def _add_model_options(parser: argparse.ArgumentParser, pool: bool = True) -> No
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
     )
     group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="TYPE",
+        help="of the KV pool: auto (like --dtype), fp8 or int8 (half the memory), on the CPU also bfloat16 or float16",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    if pool:
+    if kv_memory is not None:
         group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
         group.add_argument(
-            "--kv-memory", metavar="SIZE", help="memory of the KV pool: 512MB, 2GiB or bytes (default: one whole context)"
+            "--kv-memory", metavar="SIZE", help=f"memory of the KV pool: 512MB, 2GiB or bytes (default: {kv_memory})"
         )
         group.add_argument(
             "--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)"

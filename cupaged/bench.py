@@ -37,6 +37,7 @@ def bench_generate(
     model: str,
     device: str = "auto",
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     threads: int | None = None,
     runs: int = 5,
     prompt_tokens: int = 512,
@@ -52,6 +53,7 @@ def bench_generate(
     """
     from cupaged import LLM, SamplingParams
     from cupaged.checkpoint.fetch import resolve
+    from cupaged.engine.dtypes import bytes_of
 
     for name, value in (("runs", runs), ("prompt_tokens", prompt_tokens), ("tokens", tokens)):
         if value < (2 if name == "tokens" else 1):
@@ -71,6 +73,8 @@ def bench_generate(
         device,
         "--dtype",
         dtype,
+        "--kv-cache-dtype",
+        kv_cache_dtype,
         *([] if threads is None else ["--threads", str(threads)]),
     ]
     starts = [_fresh_process(options) for _ in range(runs + 1)][1:]
@@ -79,16 +83,17 @@ def bench_generate(
         model,
         device=device,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         threads=threads,
         max_model_len=prompt_tokens + tokens,
         enable_prefix_caching=False,
         max_num_seqs=1,
     )
-    name = f"{llm.path.name} {llm.dtype}"
+    name = f"{llm.path.name} {llm.dtype}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
     add("process start to first token", s=statistics.median(seconds for seconds, _ in starts))
     add("peak memory", gb=statistics.median(peak for _, peak in starts) / 1e9)
 
-    weight_bytes, kv_bytes = _bytes_per_token(llm)
+    weight_bytes, kv_bytes = weight_and_kv_bytes(llm)
     bytes_per_s, flop_per_s = read_limit(llm.device, weight_bytes, threads), product_limit(llm, threads)
     rng = np.random.default_rng()
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -102,12 +107,12 @@ def bench_generate(
     bytes_per_s = max(bytes_per_s, read_limit(llm.device, weight_bytes, threads))
     flop_per_s = max(flop_per_s, product_limit(llm, threads))
     prefill_tok_s, decode_tok_s = statistics.median(prefill[1:]), statistics.median(decode[1:])
-    itemsize = 4 if llm.dtype == "float32" else 2
-    add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weight_bytes / itemsize * prefill_tok_s / flop_per_s)
+    weights = weight_bytes / bytes_of(llm.dtype)
+    add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weights * prefill_tok_s / flop_per_s)
     bytes_per_token = weight_bytes + kv_bytes * (prompt_tokens + tokens / 2)
     add(f"decode {tokens} after {prompt_tokens}", tok_s=decode_tok_s, share=bytes_per_token * decode_tok_s / bytes_per_s)
     return {
-        "machine": _machine(llm.device, threads),
+        "machine": machine(llm.device, threads),
         "limit_tbps": bytes_per_s / 1e12,
         "limit_tflops": flop_per_s / 1e12,
         "date": datetime.date.today().isoformat(),
@@ -115,16 +120,16 @@ def bench_generate(
     }
 
 
-def _bytes_per_token(llm: LLM) -> tuple[int, int]:
+def weight_and_kv_bytes(llm: LLM) -> tuple[int, int]:
     """Bytes of weights that one decoded token reads, and bytes of K/V for each token before it."""
     from cupaged.checkpoint.weights import expected_tensors
-    from cupaged.engine.kv_pool import kv_bytes_per_token
+    from cupaged.engine.dtypes import bytes_of, kv_bytes_per_token
 
     shapes = expected_tensors(llm.config)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     if not llm.config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
         count -= int(np.prod(shapes["model.embed_tokens.weight"]))
-    return count * (4 if llm.dtype == "float32" else 2), kv_bytes_per_token(llm.config, llm.dtype)
+    return count * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
 
 
 # ---- a fresh process
@@ -222,7 +227,8 @@ def _best_seconds(action: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
-def _machine(device: str, threads: int | None) -> str:
+def machine(device: str, threads: int | None) -> str:
+    """What a result file calls the machine: the GPU's name, or the CPU's and what it runs under."""
     if device != "cpu":
         import cupy
 
@@ -245,12 +251,13 @@ def format_row(row: dict) -> str:
     return f"{row['case']:60} {row[unit]:10.2f} {text:6}{share}".rstrip()
 
 
-def save(result: dict, output: str) -> Path:
-    """Write a result file; a folder gets it under the usual name: cpu.json, or generate_<gpu>.json."""
+def save(result: dict, output: str, what: str = "generate") -> Path:
+    """Write a result file; a folder gets it under the usual name: <what>_<gpu|cpu>.json, but cpu.json for generate's."""
     path = Path(output)
     if path.is_dir():
         on_cpu = " threads, " in result["machine"]
-        path /= "cpu.json" if on_cpu else f"generate_{result['machine'].removeprefix('NVIDIA ').split()[0].lower()}.json"
+        gpu = result["machine"].removeprefix("NVIDIA ").split()[0].lower()
+        path /= ("cpu.json" if what == "generate" else f"{what}_cpu.json") if on_cpu else f"{what}_{gpu}.json"
     try:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -156,6 +156,24 @@ def _chat(args: argparse.Namespace) -> None:
     chat(llm, _params(llm, sampling), write, system=system, stats=args.stats)
 
 
+def _batch(args: argparse.Namespace) -> None:
+    from cupaged.batch import run_batch
+    from cupaged.checkpoint.fetch import resolve
+
+    if args.max_num_seqs < 1:
+        raise InvalidArgument(f"--max-num-seqs is {args.max_num_seqs}; give a whole number of at least 1")
+    summary = run_batch(
+        _text(args.input, "IN.jsonl"),
+        _text(args.output, "OUT.jsonl"),
+        model=str(resolve(args.model).resolve()),
+        load=lambda: _load(args, args.max_num_seqs),
+        max_running=2 * args.max_num_seqs,  # so that the next ones are ready when some finish
+    )
+    done = f", {summary.done_before} of them from an earlier run" if summary.done_before else ""
+    answered = summary.total - summary.failed
+    logger.warning("wrote %s: %d answers and %d errors%s", args.output, answered, summary.failed, done)
+
+
 def _fetch(args: argparse.Namespace) -> None:
     from cupaged.checkpoint.fetch import resolve
 
@@ -165,7 +183,7 @@ def _fetch(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from cupaged.info import as_text, describe
 
-    facts = describe(args.model, args.dtype)
+    facts = describe(args.model, args.dtype, args.kv_cache_dtype)
     write((json.dumps(facts) if args.json else as_text(facts)) + "\n")
 
 
@@ -178,6 +196,7 @@ def _bench(args: argparse.Namespace) -> None:
         model=args.model,
         device=args.device,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         threads=args.threads,
         runs=args.runs,
         prompt_tokens=args.prompt_tokens,
@@ -188,7 +207,7 @@ def _bench(args: argparse.Namespace) -> None:
         print(f"cupaged: wrote {save(result, args.output)}", file=sys.stderr)
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "fetch": _fetch, "info": _info, "bench": _bench}
+_COMMANDS = {"generate": _generate, "chat": _chat, "batch": _batch, "fetch": _fetch, "info": _info, "bench": _bench}
 
 
 # ---- from arguments to objects
@@ -215,18 +234,19 @@ def _params(llm: LLM, sampling: dict[str, object]) -> SamplingParams:
     return params
 
 
-def _load(args: argparse.Namespace) -> LLM:
+def _load(args: argparse.Namespace, max_num_seqs: int = 1) -> LLM:
     from cupaged import LLM
 
     return LLM(
         args.model,
         device=args.device,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         threads=args.threads,
         max_model_len=args.max_model_len,
         kv_memory=args.kv_memory,
         block_size=args.block_size,
-        max_num_seqs=1,
+        max_num_seqs=max_num_seqs,
     )
 
 
@@ -282,6 +302,7 @@ def _as_json(llm: LLM, output: RequestOutput, seed: int | None = None) -> dict[s
         "model": str(llm.path),
         "device": llm.device,
         "dtype": llm.dtype,
+        "kv_cache_dtype": llm.kv_cache_dtype,
         "stats": {
             "load_s": llm.load_seconds,
             "time_to_first_token_s": _finite(metrics.time_to_first_token),

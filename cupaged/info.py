@@ -11,35 +11,40 @@ from types import ModuleType, SimpleNamespace
 from cupaged.checkpoint.config import ModelConfig, load_config
 from cupaged.checkpoint.fetch import resolve
 from cupaged.checkpoint.weights import expected_tensors, open_weights
-from cupaged.engine.kv_pool import activation_bytes, blocks_that_fit, kv_bytes_per_token
+from cupaged.engine.dtypes import bytes_of, choose_dtype, choose_kv_dtype, kv_bytes_per_token
+from cupaged.engine.kv_pool import activation_bytes, blocks_that_fit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
 from cupaged.llm import GPU_STEP_TOKENS
 
 _BLOCK_SIZE = 16
 
 
-def describe(model: str, dtype: str = "auto") -> dict:
+def describe(model: str, dtype: str = "auto", kv_cache_dtype: str = "auto") -> dict:
     """Geometry (the fields of ModelConfig), parameters, weights_bytes and weights_dtype on disk, and `devices`.
 
-    A device that can run the model has the keys device, dtype, free_bytes, weights_bytes, kv_bytes_per_token, and context: the
-    tokens that its KV pool would hold by default beside the weights, at most what the model was made for. Another has device
-    and error. `dtype` as for LLM: "auto" gives each device its own; a device that cannot compute in it is left out.
+    A device that can run the model has the keys device, dtype, kv_cache_dtype, free_bytes, weights_bytes, kv_bytes_per_token,
+    and context: the tokens that its KV pool would hold by default beside the weights, at most what the model was made for.
+    Another has device and error. Types as for LLM: "auto" gives each device its own; one that does not know them is left out.
     """
     folder = resolve(model)
     config = load_config(folder)
     weights = open_weights(folder, config)
     parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
-    devices, known = [], {"auto"}
+    devices, refusals = [], []
     for device, ops in _devices():
         if isinstance(ops, str):
             devices.append({"device": device, "error": ops})
             continue
-        known |= set(ops.DTYPES)
-        chosen = dtype if dtype != "auto" else weights.dtype if weights.dtype in ops.DTYPES else ops.DTYPES[0]
-        if chosen in ops.DTYPES:
-            devices.append({"device": device, "dtype": chosen, **_fit(config, parameters, chosen, ops)})
-    if dtype not in known:
-        raise InvalidArgument(f"dtype is {dtype!r}; on this machine give {', '.join(sorted(known))}")
+        try:
+            chosen = choose_dtype(dtype, weights.dtype, ops)
+            kv_dtype = choose_kv_dtype(kv_cache_dtype, chosen, ops)
+        except InvalidArgument as error:
+            refusals.append(InvalidArgument(f"{device}: {error}"))
+            continue
+        types = {"dtype": chosen, "kv_cache_dtype": kv_dtype}
+        devices.append({"device": device, **types, **_fit(config, parameters, chosen, kv_dtype, ops)})
+    if refusals and all("error" in device for device in devices):
+        raise refusals[-1]
     geometry = {key: value for key, value in asdict(config).items() if key != "dtype"}
     sizes = {"parameters": parameters, "weights_bytes": weights.num_bytes, "weights_dtype": weights.dtype}
     return {"model": str(folder), **geometry, **sizes, "devices": devices}
@@ -67,20 +72,20 @@ def _devices() -> Iterator[tuple[str, ModuleType | str]]:
             yield f"cuda:{index}", cuda
 
 
-def _fit(config: ModelConfig, parameters: int, dtype: str, ops: ModuleType) -> dict:
+def _fit(config: ModelConfig, parameters: int, dtype: str, kv_dtype: str, ops: ModuleType) -> dict:
     free, total = ops.free_memory()
-    weights_bytes = parameters * (4 if dtype == "float32" else 2)
+    weights_bytes = parameters * bytes_of(dtype)
     loaded = SimpleNamespace(DTYPES=ops.DTYPES, free_memory=lambda: (free - weights_bytes, total))
     longest = config.max_position_embeddings
     try:
         reserved = activation_bytes(config, GPU_STEP_TOKENS, max_num_seqs=1)
-        blocks = blocks_that_fit(loaded, config, dtype, _BLOCK_SIZE, longest, None, 0.9, reserved)
+        blocks = blocks_that_fit(loaded, config, kv_dtype, _BLOCK_SIZE, longest, None, 0.9, reserved)
     except OutOfMemory:
         blocks = 1  # the one that the pool keeps for itself
     return {
         "free_bytes": free,
         "weights_bytes": weights_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "kv_bytes_per_token": kv_bytes_per_token(config, kv_dtype),
         "context": min((blocks - 1) * _BLOCK_SIZE, longest),
     }
 
@@ -100,12 +105,13 @@ def as_text(facts: dict) -> str:
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", f"{format_bytes(facts['weights_bytes'])} in {facts['weights_dtype']}"),
     ]
-    table = [("device", "dtype", "free", "weights", "KV a token", "context that fits")]
+    table = [("device", "dtype", "KV dtype", "free", "weights", "KV a token", "context that fits")]
     for device in facts["devices"]:
         if "error" not in device:
             sizes = [format_bytes(device[key]) for key in ("free_bytes", "weights_bytes", "kv_bytes_per_token")]
             whole = " (whole)" if device["context"] == facts["max_position_embeddings"] else ""
-            table.append((device["device"], device["dtype"], *sizes, f"{device['context']} tokens{whole}"))
+            types = (device["dtype"], device["kv_cache_dtype"])
+            table.append((device["device"], *types, *sizes, f"{device['context']} tokens{whole}"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"{name:16}{value}" for name, value in rows]
     lines += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)]

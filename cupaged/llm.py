@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from types import ModuleType
 
 import numpy as np
 import threadpoolctl
+from tqdm import tqdm
 
 from cupaged.checkpoint.config import ModelConfig, load_config, load_generation_config
 from cupaged.checkpoint.fetch import resolve
 from cupaged.checkpoint.tokenizer import Tokenizer
 from cupaged.checkpoint.weights import expected_tensors, open_weights
+from cupaged.engine.beam_search import BeamSearchParams, beam_search
+from cupaged.engine.dtypes import choose_dtype, choose_kv_dtype, stored_as
 from cupaged.engine.engine import Engine
 from cupaged.engine.kv_pool import KVPool, activation_bytes, blocks_that_fit, check_block_size
-from cupaged.engine.outputs import RequestOutput
-from cupaged.errors import DeviceError, InvalidArgument
+from cupaged.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from cupaged.engine.speculative import NgramProposer, Proposer
+from cupaged.errors import CupagedError, DeviceError, InvalidArgument
 from cupaged.model.llama import Llama
 from cupaged.model.sampling import SamplingParams
 
@@ -53,6 +58,8 @@ class LLM:
         tokenizer: another folder to take the tokenizer from.
         device: "cpu", "cuda", "cuda:N", or "auto": the first GPU if it can be used, else the CPU.
         dtype: "float32" on the CPU; "bfloat16" or "float16" on a GPU; "auto": on a GPU what the weights are, else bfloat16.
+        kv_cache_dtype: of the KV pool: "auto" for that of the weights; "int8" or "fp8" for about half of the memory; on the CPU
+            also "bfloat16" or "float16".
         block_size: tokens in a block of the KV pool, a power of two from 1 to 256.
         max_model_len: tokens of prompt and completion together; default: as far as the model was made for and the pool reaches.
         max_num_seqs, max_num_batched_tokens: sequences and tokens computed in one step, at most.
@@ -61,6 +68,10 @@ class LLM:
         gpu_memory_utilization: share of a GPU's memory that weights and pool may take.
         load_format: "auto", or "dummy" for random weights (to measure speed without a download; config.json suffices).
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
+        speculative: what guesses tokens, which are then verified several at once; what is generated does not change. "ngram":
+            an earlier occurrence of the last ones; or a `NgramProposer`, or anything with its `propose`. Requests with logits
+            processors go without. None: off.
+        num_speculative_tokens: guessed at once, at most; default: 4.
         seed: of the draws of requests that bring no seed.
         threads: of the CPU's matrix products; default: all cores.
 
@@ -75,6 +86,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -83,6 +95,8 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         load_format: str = "auto",
         enable_prefix_caching: bool = True,
+        speculative: str | Proposer | None = None,
+        num_speculative_tokens: int | None = None,
         seed: int = 0,
         threads: int | None = None,
         **unsupported: object,
@@ -95,6 +109,7 @@ class LLM:
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("threads", threads),
+            ("num_speculative_tokens", num_speculative_tokens),
         ]:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
@@ -102,6 +117,14 @@ class LLM:
             raise InvalidArgument(f"gpu_memory_utilization is {gpu_memory_utilization!r}; give a share above 0 and at most 1")
         if load_format not in ("auto", "dummy"):
             raise InvalidArgument(f"load_format is {load_format!r}; give 'auto' or 'dummy'")
+        if speculative is None and num_speculative_tokens is not None:
+            raise InvalidArgument(
+                f"num_speculative_tokens is {num_speculative_tokens} and nothing guesses; give speculative too"
+            )
+        max_draft = 0 if speculative is None else num_speculative_tokens or 4
+        proposer = NgramProposer(max_draft) if speculative == "ngram" else speculative
+        if proposer is not None and not callable(getattr(proposer, "propose", None)):
+            raise InvalidArgument(f"speculative is {speculative!r}; give 'ngram', a NgramProposer or None")
         started = time.perf_counter()
         if threads is not None:
             threadpoolctl.threadpool_limits(threads, "blas")
@@ -113,8 +136,9 @@ class LLM:
         self.config: ModelConfig = load_config(self.path)
         self.generation_config = load_generation_config(self.path)
         self.tokenizer = Tokenizer.from_folder(self.path if tokenizer is None else resolve(str(tokenizer)))
-        weights = _DummyWeights(self.config) if load_format == "dummy" else open_weights(self.path, self.config)
-        self.dtype = _select_dtype(dtype, weights.dtype, ops)
+        weights = None if load_format == "dummy" else open_weights(self.path, self.config)
+        self.dtype = choose_dtype(dtype, weights.dtype if weights else self.config.dtype or "float32", ops)
+        self.kv_cache_dtype = choose_kv_dtype(kv_cache_dtype, self.dtype, ops)
         longest = max_model_len or self.config.max_position_embeddings
         if longest > self.config.max_position_embeddings:
             logger.warning(
@@ -122,18 +146,19 @@ class LLM:
             )
         step_tokens = max_num_batched_tokens or (CPU_STEP_TOKENS if device_index is None else GPU_STEP_TOKENS)
         with self._device:
-            llama = Llama(self.config, weights, ops, self.dtype, longest)
+            with ops.compiling(self.dtype, stored_as(self.kv_cache_dtype), self.config.head_dim, block_size):
+                llama = Llama(self.config, weights or _random_weights(self.config, ops, self.dtype), ops, self.dtype, longest)
             num_blocks = blocks_that_fit(
                 ops,
                 self.config,
-                self.dtype,
+                self.kv_cache_dtype,
                 block_size,
                 max_num_seqs * longest,
                 kv_memory,
                 gpu_memory_utilization,
-                activation_bytes(self.config, step_tokens, max_num_seqs),
+                activation_bytes(self.config, step_tokens, max_num_seqs * (1 + max_draft)),
             )
-            pool = KVPool(ops, self.config, self.dtype, num_blocks, block_size)
+            pool = KVPool(ops, self.config, self.kv_cache_dtype, num_blocks, block_size)
         capacity = (num_blocks - 1) * block_size
         if capacity < longest:
             if max_model_len is not None:
@@ -156,18 +181,32 @@ class LLM:
             max_num_batched_tokens=step_tokens,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            proposer=proposer,
+            max_draft=max_draft,
         )
         self.load_seconds = time.perf_counter() - started
         logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.dtype, self.load_seconds)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete one prompt or many, together; outputs in the order of the prompts.
 
         Args:
-            prompts: a string, a list of token ids, `{"prompt_token_ids": [...]}`, or a list of these.
+            prompts: a string, a list of token ids, `{"prompt_token_ids": [...]}`, or a list of these; in the place of each also
+                `{"messages": [...]}`, as for `chat`.
             sampling_params: one for all or one each; default: `default_sampling_params()`.
+            priority: of each prompt; while they wait, those of the smallest go first.
+            use_tqdm: show the progress of several prompts where stderr is a terminal.
+
+        Arguments that are wrong as such raise InvalidArgument, and so does a single prompt that cannot be used (malformed, too
+        long, at odds with its parameters). Of several such prompts, each ends with its own `RequestOutput.error` and a warning
+        in the log, and the others are completed.
         """
         if isinstance(prompts, (str, dict)) or _is_token_ids(prompts):
             prompts = [prompts]
@@ -179,16 +218,63 @@ class LLM:
             sampling_params = [sampling_params] * len(prompts)
         if not isinstance(sampling_params, Sequence) or len(sampling_params) != len(prompts):
             raise InvalidArgument(f"sampling_params is none for all nor one for each of {len(prompts)} prompts; give either")
+        for params in sampling_params:
+            if not isinstance(params, SamplingParams):
+                raise InvalidArgument(f"sampling_params holds {params!r}; give SamplingParams(...)")
+        priorities = [0] * len(prompts) if priority is None else priority
+        if not isinstance(priorities, Sequence) or len(priorities) != len(prompts) or not all(map(_is_whole, priorities)):
+            raise InvalidArgument(f"priority is {priority!r}; give a whole number for each of {len(prompts)} prompts")
         requests: list[RequestOutput] = []
+        shown = use_tqdm and len(prompts) > 1 and sys.stderr.isatty()
+        bar = tqdm(total=len(prompts), unit="prompt", disable=not shown, leave=False)
         try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
-                requests.append(self._add(prompt, params))
+            for prompt, params, urgency in zip(prompts, sampling_params, priorities, strict=True):
+                try:
+                    requests.append(self._add(prompt, params, urgency))
+                except InvalidArgument as error:
+                    if len(prompts) == 1:
+                        raise
+                    logger.warning("prompt %d of %d cannot be used: %s", len(requests), len(prompts), error)
+                    requests.append(self.engine.refuse(prompt if isinstance(prompt, str) else None, params, str(error)))
             while not all(request.finished for request in requests):
                 self._step()
+                if shown:
+                    bar.update(sum(request.finished for request in requests) - bar.n)
         finally:
+            bar.close()
             for request in requests:
                 self.engine.abort(request)
         return requests
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The most probable completions of one prompt or of each of many: `params.beam_width` outputs, best first.
+
+        Prompts are searched one after another; requests that run meanwhile keep their blocks and wait. InvalidArgument for a
+        prompt that cannot be used, OutOfMemory where the KV pool cannot hold the beams.
+        """
+        if isinstance(prompts, (str, dict)) or _is_token_ids(prompts):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise InvalidArgument(f"prompts is {prompts!r}; give a string, token ids, or a list of these")
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidArgument(f"params is {params!r}; give BeamSearchParams(...)")
+        results = []
+        for number, prompt in enumerate(prompts):
+            text, token_ids = self._encode(prompt)
+            metrics = RequestMetrics(time.perf_counter(), num_prompt_tokens=len(token_ids))
+            with self._device:
+                beams = beam_search(self.engine, token_ids, params)
+            outputs = []
+            for index, beam in enumerate(beams):
+                reason = "stop" if beam.ended else "length"
+                completion = CompletionOutput(index, token_ids=beam.token_ids, finish_reason=reason)
+                completion.text = self.tokenizer.decode(i for i in beam.token_ids if i < self.tokenizer.vocab_size)
+                completion.cumulative_logprob = beam.cumulative_logprob
+                outputs.append(completion)
+            metrics.finished_time = time.perf_counter()
+            metrics.num_generated_tokens = sum(len(output.token_ids) for output in outputs)
+            results.append(RequestOutput(f"beam-{number}", text, token_ids, outputs, metrics, finished=True))
+        return results
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None
@@ -197,8 +283,7 @@ class LLM:
         if not isinstance(messages, Sequence) or isinstance(messages, str) or len(messages) == 0:
             raise InvalidArgument(f'messages is {messages!r}; give at least one {{"role": ..., "content": ...}}')
         conversations = [messages] if isinstance(messages[0], dict) else messages
-        prompts = [{"prompt_token_ids": self.tokenizer.encode_chat(list(turns))} for turns in conversations]
-        return self.generate(prompts, sampling_params)
+        return self.generate([{"messages": turns} for turns in conversations], sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """The completion of one prompt, as an iterator of the text's pieces; a piece never ends within a character or emoji."""
@@ -206,6 +291,24 @@ class LLM:
         if isinstance(params, SamplingParams) and params.n != 1:
             raise InvalidArgument(f"a stream carries one completion and n is {params.n}; use generate")
         return Stream(self, self._add(prompt, params))
+
+    def add(self, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0) -> RequestOutput:
+        """Queue one prompt; `step` moves the output that is returned on, in place, until it is `finished`.
+
+        Of the prompts that wait, those of the smallest priority go first. `add`, `step` and `abort` are the loop under
+        `generate`, for programs that feed and read while it runs.
+        """
+        if not _is_whole(priority):
+            raise InvalidArgument(f"priority is {priority!r}; give a whole number")
+        return self._add(prompt, self.default_sampling_params() if sampling_params is None else sampling_params, priority)
+
+    def step(self) -> None:
+        """Compute one batch of what was added; call it while a request is unfinished."""
+        self._step()
+
+    def abort(self, request: RequestOutput) -> None:
+        """End a request now, with finish_reason "abort", and free its blocks; a finished one is left as it is."""
+        self.engine.abort(request)
 
     def default_sampling_params(self, **overrides: object) -> SamplingParams:
         """What the model's generation_config.json asks for, greedy where it says nothing, until the model ends.
@@ -226,11 +329,11 @@ class LLM:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 [T, vocab_size]: row t holds the logits of the token after ids[: t + 1]."""
         with self._device:
-            return np.concatenate(list(self.engine.logits(_as_token_ids(ids))))
+            return np.concatenate(list(self.engine.logits(_as_list(ids, "the token ids are", "whole numbers"))))
 
     def perplexity(self, text: str | Sequence[int]) -> float:
         """exp of the mean negative log-likelihood (natural log) of every token but the first, given those before it."""
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else _as_token_ids(text)
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else _as_list(text, "the token ids are", "whole numbers")
         if len(ids) < 2:
             raise InvalidArgument(f"perplexity needs at least 2 tokens and the text has {len(ids)}; give a longer text")
         total, row = 0.0, 0
@@ -244,24 +347,34 @@ class LLM:
                 row += len(targets)
         return float(np.exp(total / (len(ids) - 1)))
 
+    def stats(self) -> EngineStats:
+        """Counts and times of all that has been generated so far, and what runs and waits now."""
+        return self.engine.stats()
+
     def pool_stats(self) -> PoolStats:
         """How full the KV pool is now, and was at most."""
         blocks, pool = self.engine.blocks, self.engine.pool
         return PoolStats(pool.num_blocks, pool.block_size, pool.bytes, blocks.num_used, blocks.peak_used, blocks.num_cached)
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> RequestOutput:
         if not isinstance(params, SamplingParams):
             raise InvalidArgument(f"sampling_params holds {params!r}; give SamplingParams(...)")
+        return self.engine.add(*self._encode(prompt), params, priority)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if it was one, token ids) of a prompt."""
         text = prompt if isinstance(prompt, str) else None
         if text is not None:
             token_ids = self.tokenizer.encode(text)
         elif isinstance(prompt, dict) and set(prompt) == {"prompt_token_ids"}:
             token_ids = prompt["prompt_token_ids"]
+        elif isinstance(prompt, dict) and set(prompt) == {"messages"}:
+            token_ids = self.tokenizer.encode_chat(_as_list(prompt["messages"], "the messages are", "dicts"))
         else:
             token_ids = prompt
         if not isinstance(token_ids, (Sequence, np.ndarray)) or isinstance(token_ids, (str, bytes)):
             raise InvalidArgument(f'a prompt is {prompt!r}; give a string, token ids or {{"prompt_token_ids": [...]}}')
-        return self.engine.add(text, list(token_ids), params)
+        return text, list(token_ids)
 
     def _step(self) -> None:
         with self._device:
@@ -282,6 +395,8 @@ class Stream:
     def __next__(self) -> str:
         completion = self.output.outputs[0]
         while len(completion.text) == self._shown:
+            if self.output.error is not None:
+                raise CupagedError(self.output.error)
             if self.output.finished:
                 raise StopIteration
             self._llm._step()
@@ -302,24 +417,22 @@ def _is_token_ids(prompts: object) -> bool:
     return isinstance(prompts, (Sequence, np.ndarray)) and len(prompts) > 0 and isinstance(prompts[0], (int, float, np.number))
 
 
-def _as_token_ids(ids: Sequence[int]) -> list[int]:
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _as_list(values: object, what: str, kind: str) -> list:
     try:
-        return list(ids)
+        return list(values)
     except TypeError:
-        raise InvalidArgument(f"the token ids are {ids!r}; give a list of whole numbers") from None
+        raise InvalidArgument(f"{what} {values!r}; give a list of {kind}") from None
 
 
-class _DummyWeights:
-    """Random weights of the right shapes: one small random tensor, repeated."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = expected_tensors(config)
-        self.dtype = config.dtype or "float32"
-
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
-        for name, shape in self._shapes.items():
-            yield name, np.ones(shape, np.float32) if "norm" in name else np.resize(noise, shape)
+def _random_weights(config: ModelConfig, ops: ModuleType, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Random weights of the right shapes, on the device: one small random tensor, repeated."""
+    noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * np.float32(0.02)
+    for name, shape in expected_tensors(config).items():
+        yield name, ops.repeat(np.ones(1 << 10, np.float32) if "norm" in name else noise, shape, dtype)
 
 
 def _select_device(device: str) -> tuple[ModuleType, int | None]:
@@ -338,11 +451,3 @@ def _select_device(device: str) -> tuple[ModuleType, int | None]:
                 raise
             logger.warning("running on the CPU: %s", error)
     return importlib.import_module("cupaged.ops.numpy"), None
-
-
-def _select_dtype(dtype: str, weights_dtype: str, ops: ModuleType) -> str:
-    if dtype == "auto":
-        return weights_dtype if weights_dtype in ops.DTYPES else ops.DTYPES[0]
-    if dtype not in ops.DTYPES:
-        raise InvalidArgument(f"dtype is {dtype!r}; on this device give 'auto' or {' or '.join(map(repr, ops.DTYPES))}")
-    return dtype

@@ -13,57 +13,44 @@ import time
 
 from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
+from cupaged.errors import DeviceError
 from cupaged.ops import cuda as ops
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 BF16, F16 = {"DTYPE_BF16": 1}, {"DTYPE_F16": 1}
-ATTENTION = "paged_attention.cu"
 
 
-def attention(dtype: dict[str, int], head_dim: int, heads: int) -> tuple[str, dict[str, int]]:
-    return ATTENTION, {**dtype, "HEAD_DIM": head_dim, "HEADS": heads}
-
-
-def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int) -> tuple[str, dict[str, int]]:
-    return persistent.SOURCE, {**dtype, "HEAD_DIM": head_dim, "STAGES": stages}
+def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **flags: int) -> tuple[str, dict[str, int]]:
+    return persistent.SOURCE, {**dtype, "HEAD_DIM": head_dim, **flags, "STAGES": stages}
 
 
 # The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
-    *((persistent_attention(BF16, 128, 3), arch) for arch in ("90a", "100")),
+    *((persistent_attention(BF16, 128, 3, **flags), arch) for arch in ("90a", "100") for flags in ({}, {"DECODE_ONLY": 1})),
     *((persistent_attention(BF16, 128, 2), arch) for arch in ("80", "86", "120")),
-    (persistent_attention(F16, 64, 4), "90a"),
-    *((attention(BF16, 128, 8), arch) for arch in ("80", "90a", "120")),
+    *((persistent_attention(F16, 128, 2, **{kv: 1}), arch) for arch in ("80", "89") for kv in ("KV_FP8", "KV_INT8")),
+    *((persistent_attention(BF16, 128, 3, **{flag: 1}), "90a") for flag in ("KV_FP8", "KV_INT8", "MASK", "POINTERS")),
+    (persistent_attention(F16, 64, 3), "90a"),
+    (persistent_attention(BF16, 64, 2, DECODE_ONLY=1), "86"),
+    (persistent_attention(BF16, 64, 6, KV_INT8=1, DECODE_ONLY=1), "100"),
+    *(((persistent.SOURCES["sm90"], persistent.variant_sm90("bfloat16", dim)), "90a") for dim in (128, 64)),
     *((("sampling.cu", {}), arch) for arch in ("80", "90a", "120")),
+    *((("logprobs.cu", {}), arch) for arch in ("80", "120")),
+    (("copy_blocks.cu", {}), "90a"),
     *(((source, BF16), arch) for source in ("rms_norm.cu", "elementwise.cu", "rope_append.cu") for arch in ("80", "90a")),
     *(((source, F16), "89") for source in ("rms_norm.cu", "elementwise.cu", "rope_append.cu")),
+    *((("rope_append.cu", {**BF16, "KV_INT8": 1}), arch) for arch in ("80", "90a", "120")),
+    *((("rope_append.cu", {**F16, "KV_FP8": 1}), arch) for arch in ("86", "89", "100")),
     (("embedding.cu", {}), "86"),
-    (attention(BF16, 64, 3), "80"),
-    (attention(BF16, 64, 8), "86"),
-    (attention(BF16, 64, 1), "90a"),
-    (attention(BF16, 128, 1), "80"),
-    (attention(BF16, 128, 4), "90a"),
-    (attention(BF16, 128, 7), "86"),
-    (attention(F16, 128, 8), "89"),
-    (attention(F16, 64, 7), "100"),
 ]
 
 
-def compile_variant(source: str, defines: dict[str, int], arch: str) -> str:
-    """ptxas's report on the kernels of a source; RuntimeError with the first error where it does not compile."""
-    from cuda.pathfinder import find_nvidia_header_directory
-    from cupy_backends.cuda.libs import nvrtc
+SM90 = [persistent.variant_sm90(dtype, dim) for dtype in ops.DTYPES for dim in (64, 128)]
 
-    include = "-I" + (find_nvidia_header_directory("cudart") or "")
-    options = [*jit.options_of(defines), include, "-ftz=true", f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v"]
-    program = nvrtc.createProgram(jit.read_source(source), source, [], [])
-    try:
-        nvrtc.compileProgram(program, options)
-        return nvrtc.getProgramLog(program)
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(jit.first_error(nvrtc.getProgramLog(program))) from error
-    finally:
-        nvrtc.destroyProgram(program)
+
+def compile_variant(source: str, defines: dict[str, int], arch: str) -> str:
+    """ptxas's report on the kernels of a source; DeviceError with the first error where it does not compile."""
+    return jit.compile_text(jit.source_text(source, defines), f"sm_{arch}", ["--ptxas-options=-v"])[1]
 
 
 def usage(log: str) -> dict[str, tuple[int, int]]:
@@ -77,32 +64,40 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
 
 
 def shared_bytes(name: str, defines: dict[str, int]) -> int:
+    if name == persistent.NAMES["sm90"]:
+        return persistent.shared_bytes_sm90(defines["HEAD_DIM"], defines["STAGES"])
     if name == persistent.NAME:
-        return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"])
-    return ops.shared_bytes(name, **defines)
+        kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
+        return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
+    return ops.shared_bytes(name)
+
+
+def key(source: str, defines: dict[str, int]) -> tuple:
+    return source, tuple(sorted(defines.items()))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every variant for every architecture")
     every = parser.parse_args().all
-    variants = {(source, tuple(defines.items())) for source, _, defines in ops.variants() + persistent.variants()}
-    matrix = [((source, dict(defines)), arch) for source, defines in sorted(variants) for arch in ARCHITECTURES]
+    variants = {key(source, defines): ARCHITECTURES for source, _, defines in ops.variants() + persistent.variants()}
+    variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}
+    matrix = [((source, dict(defines)), arch) for (source, defines), archs in sorted(variants.items()) for arch in archs]
     pairs = matrix if every else NAMED
 
     failures, start = 0, time.perf_counter()
-    print(f"{'kernel':<22}{'variant':<34}{'sm_':<6}{'registers':>9}{'spilled':>9}{'shared':>8}")
+    print(f"{'kernel':<28}{'variant':<52}{'sm_':<6}{'registers':>9}{'spilled':>9}{'shared':>8}")
     for (source, defines), arch in pairs:
         variant = " ".join(key if key.startswith("DTYPE") else f"{key}={value}" for key, value in defines.items())
-        assert (source, tuple(defines.items())) in variants, f"nothing asks for {source} {variant}"
+        assert key(source, defines) in variants, f"nothing asks for {source} {variant}"
         try:
             kernels = usage(compile_variant(source, defines, arch))
-        except RuntimeError as error:
-            print(f"{source:<22}{variant:<34}{arch:<6} FAILED: {error}")
+        except DeviceError as error:
+            print(f"{source:<28}{variant:<52}{arch:<6} FAILED: {error}")
             failures += 1
             continue
         for name, (registers, spilled) in sorted(kernels.items()):
-            print(f"{name:<22}{variant:<34}{arch:<6}{registers:>9}{spilled:>9}{shared_bytes(name, defines):>8}")
+            print(f"{name:<28}{variant:<52}{arch:<6}{registers:>9}{spilled:>9}{shared_bytes(name, defines):>8}")
             failures += spilled > 0
     print(f"{len(pairs)} pairs in {time.perf_counter() - start:.1f} s, {failures} failures or spills")
     return 1 if failures else 0

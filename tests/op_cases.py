@@ -1,8 +1,9 @@
 """What every implementation of the operations must do: inputs over odd shapes, held to `cupaged.ops.numpy` in float64.
 
 A case draws the arguments of one operation. Arrays drawn in float64 stand for activations, weights and KV: they are rounded
-to the 16-bit type under test first, so that the reference computes from the very same numbers. float32 and integers go as
-they are. Run by tests/test_ops_numpy.py (in float32), tests/emulator and tests/gpu.
+to the 16-bit type under test first, so that the reference computes from the very same numbers. float16, float32 and integers
+go as they are; what describes a batch, `index`, is drawn as the arguments of `ops.index`. Run by tests/test_ops_numpy.py (in
+float32), tests/emulator and tests/gpu.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cupaged.ops import numpy as reference_ops
 
 SEED = int(os.environ.get("CUPAGED_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
 DTYPES = {name: np.dtype(name) for name in ("bfloat16", "float16", "float32")}
-TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 5e-5}
+TOLERANCE = {"uint8": 0.0, "int32": 0.0, "bfloat16": 1e-2, "float16": 2e-3, "float32": 5e-5}
 Arguments = dict[str, object]
 
 
@@ -32,6 +33,8 @@ class Case:
     name: str
     draw: Callable[[np.random.Generator], Arguments] = field(repr=False)
     writes: tuple[str, ...] = ()
+    kv: str | None = None  # 8-bit type that it appends
+    gives: str | None = None  # the dtype of its result, where that is not the one under test
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -43,7 +46,7 @@ def check(ops, case: Case, dtype: str) -> None:
     arguments = {name: _rounded(value, DTYPES[dtype]) for name, value in case.draw(rng).items()}
     exact = {name: _exact(value) for name, value in arguments.items()}
     device = {name: ops.upload(value.copy()) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
-    result = getattr(ops, case.op)(**device)
+    result = call(ops, case.op, device)
     after = {name: ops.download(value) for name, value in device.items() if isinstance(arguments[name], np.ndarray)}
     where = f"{case} {dtype} (CUPAGED_TEST_SEED={SEED})"
     for name, value in after.items():
@@ -54,18 +57,27 @@ def check(ops, case: Case, dtype: str) -> None:
         assert str(result.dtype) == "int32", where
         check_tokens(ops.download(result), arguments, where)
         return
-    expected = getattr(reference_ops, case.op)(**exact)
+    expected = call(reference_ops, case.op, exact)
     if expected is None:
         assert result is None, where
     else:
-        wanted = arguments.get("dtype") or dtype
+        wanted = case.gives or arguments.get("dtype") or dtype
         assert str(result.dtype) == wanted, f"{where}: gives {result.dtype}, not {wanted}"
         check_close(ops.download(result), expected, f"{where}: the result")
+    if case.kv:
+        check_codes(case.kv, dtype, arguments, after, where)
+        return
     for name in case.writes:
         before, wrote = _exact(arguments[name]), exact[name]
         same = (wrote == before) | (np.isnan(before) & np.isnan(wrote))
         assert after[name][same].tobytes() == arguments[name][same].tobytes(), f"{where}: {name} was changed elsewhere"
         check_close(after[name][~same], wrote[~same], f"{where}: what was written to {name}")
+
+
+def call(ops, op: str, arguments: Arguments) -> object:
+    """The operation on arguments whose `index` is what `ops.index` takes."""
+    made = {name: ops.index(**value) if name == "index" else value for name, value in arguments.items()}
+    return getattr(ops, op)(**made)
 
 
 def check_close(out: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -166,36 +178,131 @@ def draw_batch(rng, sequences, num_kv_heads: int, head_dim: int, block_size: int
     }
 
 
-def attention(name, sequences, heads, head_dim, block_size=16, window=None, shared=False, spread=1.0) -> Case:
-    """`heads` is (num_heads, num_kv_heads); `spread` is the standard deviation of the scores."""
+def attention(name, sequences, heads, head_dim, block_size=16, window=None, shared=False, spread=1.0, kv=None) -> Case:
+    """`heads` is (num_heads, num_kv_heads); `spread` is the standard deviation of the scores; `kv` is an 8-bit type."""
 
     def draw(rng):
-        batch = draw_batch(rng, sequences, heads[1], head_dim, block_size, shared)
-        q = spread * rng.standard_normal((batch["q_indptr"][-1], heads[0], head_dim))
-        return {"q": q, **batch, "scale": 1 / math.sqrt(head_dim), "sliding_window": window}
+        pools, index = _split(draw_batch(rng, sequences, heads[1], head_dim, block_size, shared))
+        q = spread * rng.standard_normal((index["q_indptr"][-1], heads[0], head_dim))
+        if kv is not None:
+            pools = _random_codes(rng, kv, np.isnan(pools["k_pool"]))
+        return {"q": q, **pools, "index": index, "scale": 1 / math.sqrt(head_dim), "sliding_window": window}
 
-    return Case("paged_attention", f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size}", draw)
+    return Case("paged_attention", f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size} {kv or ''}".rstrip(), draw)
 
 
-def rope(name, sequences, heads, head_dim, block_size=16) -> Case:
+def rope(name, sequences, heads, head_dim, block_size=16, kv=None) -> Case:
+    """With `kv`, an 8-bit type, the magnitude of K and V varies from row to row, and some heads are 0."""
+
     def draw(rng):
-        batch = draw_batch(rng, sequences, heads[1], head_dim, block_size)
-        rows = batch["q_indptr"][-1]
-        angle = np.arange(max(batch["seq_lens"]) + 5)[:, None] * 10000.0 ** -np.linspace(0, 1, head_dim // 2, endpoint=False)
+        pools, index = _split(draw_batch(rng, sequences, heads[1], head_dim, block_size))
+        rows = index["q_indptr"][-1]
+        angle = np.arange(max(index["seq_lens"]) + 5)[:, None] * 10000.0 ** -np.linspace(0, 1, head_dim // 2, endpoint=False)
         for b, (length, new) in enumerate(sequences):  # nothing is in the slots to be written
             for position in range(length - new, length):
-                page = batch["page_indices"][batch["page_indptr"][b] + position // block_size]
-                batch["k_pool"][:, page, position % block_size] = np.nan
-                batch["v_pool"][:, page, position % block_size] = np.nan
+                page = index["page_indices"][index["page_indptr"][b] + position // block_size]
+                pools["k_pool"][:, page, position % block_size] = np.nan
+                pools["v_pool"][:, page, position % block_size] = np.nan
+        k, v = rng.standard_normal((2, rows, heads[1], head_dim))
+        if kv is not None:
+            k *= 2.0 ** rng.uniform(-9, 9, (rows, heads[1], 1)) * (rng.random((rows, heads[1], 1)) < 0.9)
+            v *= 2.0 ** rng.uniform(-9, 9, (rows, heads[1], 1)) * (rng.random((rows, heads[1], 1)) < 0.9)
+            pools = _random_codes(rng, kv, np.isnan(pools["k_pool"]))
         return {
             "q": rng.standard_normal((rows, heads[0], head_dim)),
-            "k": rng.standard_normal((rows, heads[1], head_dim)),
-            "v": rng.standard_normal((rows, heads[1], head_dim)),
+            "k": k,
+            "v": v,
             "rope_table": np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32),
-            **batch,
+            **pools,
+            "index": index,
         }
 
-    return Case("rope_append", f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size}", draw, writes=("k_pool", "v_pool"))
+    name = f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size} {kv or ''}".rstrip()
+    return Case("rope_append", name, draw, writes=("k_pool", "v_pool") + ("kv_scales",) * (kv == "int8"), kv=kv)
+
+
+def _split(batch: Arguments) -> tuple[Arguments, Arguments]:
+    """(pools, the arguments of `ops.index`) of what `draw_batch` gives."""
+    pools = {name: batch.pop(name) for name in ("k_pool", "v_pool")}
+    return pools | {"kv_scales": None}, batch
+
+
+# ---- KV of 8 bits ------------------------------------------------------------------------------------------------------
+_CODE = np.arange(127)
+E4M3 = np.where(
+    _CODE < 8, _CODE * 2.0**-9, (8 + _CODE % 8) * 2.0 ** (_CODE // 8 - 10)
+)  # values of the codes 0 .. 126; 127 is NaN
+
+
+def _random_codes(rng, kv: str, unused: np.ndarray) -> Arguments:
+    """Pools of codes and their scales; they mean NaN where `unused` [num_kv_heads, num_blocks, block_size, head_dim] is set."""
+    if kv == "int8":
+        scales = rng.uniform(0.01, 0.03, (*unused.shape[:-1], 2)).astype(np.float16)
+        scales[unused[..., 0]] = np.nan
+        pools = [rng.integers(-127, 128, unused.shape).astype(np.int8) for _ in range(2)]
+    else:
+        scales = rng.uniform(0.1, 0.9, (unused.shape[0], 2)).astype(np.float32)
+        codes = (rng.integers(0, 80, (2, *unused.shape)) + 128 * rng.integers(0, 2, (2, *unused.shape))).astype(np.uint8)
+        pools = [np.where(unused, np.uint8(127), x) for x in codes]
+    return {"k_pool": pools[0], "v_pool": pools[1], "kv_scales": scales}
+
+
+def check_codes(kv: str, dtype: str, arguments: Arguments, after: Arguments, where: str) -> None:
+    """What `rope_append` left of K and V in pools of codes is what rounding may give, and nothing else has changed there.
+
+    A code must lie between those of the exact value less and plus what float32 may be off by: nothing for V that goes from 16
+    bits to int8, where every quotient is either on a border between codes or 2^-13 away from it, 2^-22 of its magnitude for
+    other V, and of sqrt(a^2 + b^2) for a K that is the pair a, b turned. The same holds for int8's scales, and codes are held
+    to the scale that was written.
+    """
+    pools = {name: np.full(arguments["k_pool"].shape, np.nan) for name in ("k_pool", "v_pool")}
+    call(reference_ops, "rope_append", {name: _exact(value) for name, value in arguments.items()} | pools | {"kv_scales": None})
+    half = pools["k_pool"].shape[-1] // 2
+    pair = np.hypot(pools["k_pool"][..., :half], pools["k_pool"][..., half:])
+    exact_v = kv == "int8" and dtype != "float32"
+    slack = {
+        "k_pool": np.concatenate([pair, pair], axis=-1),
+        "v_pool": 0 * pair.repeat(2, -1) if exact_v else abs(pools["v_pool"]),
+    }
+    written = ~np.isnan(pools["v_pool"][..., 0])
+    for which, (name, value) in enumerate(pools.items()):
+        what = f"{where}: {name}"
+        assert (after[name][~written] == arguments[name][~written]).all(), f"{what} was changed elsewhere"
+        low, high = (value[written] + sign * 2.0**-22 * slack[name][written] for sign in (-1, 1))
+        codes = after[name][written]
+        if kv == "int8":
+            scale = after["kv_scales"][written][:, which]
+            least, most = np.minimum(abs(low), abs(high)).max(-1), np.maximum(abs(low), abs(high)).max(-1)
+            assert (scale >= _up_to_float16(least / 127)).all(), f"{what}: a scale is too small"
+            assert (scale <= _up_to_float16(most / 127)).all(), f"{what}: a scale is too large"
+            divisor = np.where(scale == 0, 1, scale.astype(np.float64))[:, None]
+            low, high = (np.clip(np.rint(x / divisor), -127, 127) for x in (low, high))
+        else:
+            scale = arguments["kv_scales"][:, which].astype(np.float64)[np.nonzero(written)[0]]
+            low, high = (_to_e4m3(x / scale[:, None]) for x in (low, high))
+            assert (codes % 128 != 127).all(), f"{what}: NaN"
+            codes = np.where(codes < 128, 1, -1) * E4M3[codes % 128]
+        wrong = (codes < low) | (codes > high)
+        assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} codes are wrong"
+        unclear = np.count_nonzero(low != high)
+        assert unclear <= max(3, codes.size // 500), f"{what}: {unclear} codes of {codes.size} were too close to call"
+    if kv == "int8":
+        same = after["kv_scales"][~written].tobytes() == arguments["kv_scales"][~written].tobytes()
+        assert same, f"{where}: scales were changed elsewhere"
+
+
+def _up_to_float16(x: np.ndarray) -> np.ndarray:
+    """The least float16 that is no less than x >= 0."""
+    nearest = x.astype(np.float16)
+    return np.where(nearest < x, np.nextafter(nearest, np.float16(np.inf)), nearest)
+
+
+def _to_e4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest value of a float8_e4m3, the even one of two, 448 at most."""
+    borders = (E4M3[1:] + E4M3[:-1]) / 2
+    code = np.searchsorted(borders, abs(x))
+    tie = (code < 126) & (abs(x) == borders[np.minimum(code, 125)]) & (code % 2 == 1)
+    return np.copysign(E4M3[code + tie], x)
 
 
 def check_large_pool(ops, make: Callable[[tuple[int, ...], np.dtype], object]) -> None:
@@ -203,18 +310,18 @@ def check_large_pool(ops, make: Callable[[tuple[int, ...], np.dtype], object]) -
     rng = np.random.default_rng([SEED, 2])
     rows, num_blocks, dtype = 40, 2**20 + 3, DTYPES["bfloat16"]
     drawn = rope("", [(rows, rows)], (4, 2), 64).draw(rng)
-    arguments = {name: _rounded(value, dtype) for name, value in drawn.items() if not name.endswith("_pool")}
-    inputs = {name: arguments.pop(name) for name in ("q", "k", "v", "rope_table")}
-    arguments["page_indices"] = np.array([num_blocks - 1, 0, num_blocks // 2 + 1], np.int32)
-    batch = {name: ops.upload(value) for name, value in arguments.items()}
-    k_pool, v_pool = (make((2, num_blocks, 16, 64), dtype) for _ in range(2))
-    q = ops.rope_append(**{name: ops.upload(value) for name, value in inputs.items()}, k_pool=k_pool, v_pool=v_pool, **batch)
-    out = ops.download(ops.paged_attention(q, k_pool, v_pool, **batch, scale=0.125))
+    index = drawn["index"] | {"page_indices": np.array([num_blocks - 1, 0, num_blocks // 2 + 1], np.int32)}
+    inputs = {name: _rounded(drawn[name], dtype) for name in ("q", "k", "v", "rope_table")}
+    pools = [make((2, num_blocks, 16, 64), dtype) for _ in range(2)]
+    made = ops.index(**index)
+    q = ops.rope_append(*map(ops.upload, inputs.values()), *pools, None, made)
+    out = ops.download(ops.paged_attention(q, *pools, None, made, 0.125))
 
-    small = {"k_pool": np.zeros((2, 3, 16, 64)), "v_pool": np.zeros((2, 3, 16, 64))}
-    batch = arguments | {"page_indices": np.arange(3)}
-    q = reference_ops.rope_append(**{name: _exact(value) for name, value in inputs.items()}, **small, **batch)
-    check_close(out, reference_ops.paged_attention(q, **small, **batch, scale=0.125), f"large pool (CUPAGED_TEST_SEED={SEED})")
+    pools = [np.zeros((2, 3, 16, 64)) for _ in range(2)]
+    made = reference_ops.index(**index | {"page_indices": np.arange(3)})
+    q = reference_ops.rope_append(*map(_exact, inputs.values()), *pools, None, made)
+    expected = reference_ops.paged_attention(q, *pools, None, made, 0.125)
+    check_close(out, expected, f"large pool (CUPAGED_TEST_SEED={SEED})")
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------------
@@ -236,17 +343,48 @@ def penalise(name: str, rows: int, vocab: int, most_seen: int) -> Case:
     return Case("penalise", name, draw, writes=("logits",))
 
 
-def forbid(rows: int, vocab: int, most: int) -> Case:
+def bias(rows: int, vocab: int, most: int) -> Case:
     def draw(rng):
         counts = rng.integers(0, most + 1, rows)
         counts[0] = 0
         return {
             "logits": 3 * rng.standard_normal((rows, vocab), np.float32),
             "indptr": np.cumsum([0, *counts], dtype=np.int32),
-            "token_ids": rng.integers(0, vocab, counts.sum()).astype(np.int32),
+            "token_ids": np.concatenate([rng.permutation(vocab)[:count] for count in counts]).astype(np.int32),
+            "values": np.where(rng.random(counts.sum()) < 0.5, -np.inf, rng.standard_normal(counts.sum())).astype(np.float32),
         }
 
-    return Case("forbid", f"{rows}x{vocab}", draw, writes=("logits",))
+    return Case("bias", f"{rows}x{vocab}", draw, writes=("logits",))
+
+
+def ranking(op: str, rows: int, vocab: int, count: int, round_to: float = 0.0) -> Case:
+    """`largest`, `ranks` or `logprobs`; logits are multiples of `round_to` (then many are equal), some of them -inf."""
+
+    def draw(rng):
+        logits = 3 * rng.standard_normal((rows, vocab))
+        if round_to:
+            logits = np.round(logits / round_to) * round_to
+        logits[rng.random(logits.shape) < 0.1 * (vocab > 1)] = -np.inf
+        logits[:, rng.integers(vocab)] = 0.0
+        if op == "largest":
+            return {"logits": logits.astype(np.float32), "count": count}
+        ids = rng.integers(0, vocab, (rows, count) if op == "logprobs" else rows).astype(np.int32)
+        return {"logits": logits.astype(np.float32), "token_ids": ids}
+
+    gives = "float32" if op == "logprobs" else "int32"
+    return Case(op, f"{rows}x{vocab} {count} {'equals' if round_to else ''}".rstrip(), draw, gives=gives)
+
+
+def copy_blocks(shape: tuple[int, ...], dtype: type, count: int) -> Case:
+    def draw(rng):
+        blocks = rng.permutation(shape[2])
+        return {
+            "pool": rng.integers(0, 100, shape).astype(dtype),
+            "sources": rng.choice(blocks[count:], count).astype(np.int32),
+            "targets": blocks[:count].astype(np.int32),
+        }
+
+    return Case("copy_blocks", f"{'x'.join(map(str, shape))} {np.dtype(dtype).name}", draw, writes=("pool",))
 
 
 SAMPLING_KINDS = {"seed": np.uint64, "top_k": np.int32, "candidate": np.int32, "position": np.int32}
@@ -379,6 +517,8 @@ CASES = [
     *(rope("edges", edges(n), (4, 2), 128, n) for n in (1, 2, 8, 32, 256)),
     rope("edges", edges(16), (3, 3), 64),
     rope("group 12", BATCHES["mixed"], (24, 2), 128),
+    *(rope(name, BATCHES[name], (9, 3), 64, kv=kv) for name in ("mixed", "prefill", "no rows") for kv in ("int8", "fp8")),
+    *(rope("edges", edges(n), (4, 2), 128, n, kv=kv) for n in (1, 16, 256) for kv in ("int8", "fp8")),
     *(attention(name, BATCHES[name], (9, 3), 64) for name in BATCHES),
     *(attention("group", BATCHES["mixed"], heads, 128) for heads in ((2, 2), (3, 1), (8, 2), (7, 1), (8, 1), (9, 1), (24, 2))),
     *(attention("edges", edges(n), (4, 1), 64, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
@@ -389,10 +529,24 @@ CASES = [
     attention("sharp", BATCHES["mixed"], (4, 2), 64, spread=40.0),
     attention("padding rows", [(20, 1), (0, 1), (0, 2), (3, 1)], (4, 2), 64),
     attention("long", [(700, 1), (513, 2)], (3, 1), 64),
+    *(attention(name, BATCHES[name], (4, 2), 64, kv=kv) for name in ("mixed", "prefill", "decodes") for kv in ("int8", "fp8")),
+    *(attention("edges", edges(n), (8, 2), 128, n, window=9, kv=kv) for n in (1, 16, 64) for kv in ("int8", "fp8")),
     penalise("some seen", 5, 1000, most_seen=70),
     penalise("all seen", 3, 257, most_seen=257),
     penalise("none seen", 2, 100, most_seen=0),
-    forbid(4, 301, most=300),
+    bias(4, 301, most=300),
+    ranking("largest", 3, 5003, 9),
+    ranking("largest", 4, 301, 301, round_to=1.0),
+    ranking("largest", 1, 1, 1),
+    ranking("largest", 2, 40, 0),
+    ranking("ranks", 5, 1001, 1, round_to=0.5),
+    ranking("ranks", 3, 1, 1),
+    ranking("logprobs", 3, 5003, 7),
+    ranking("logprobs", 2, 33, 90),
+    ranking("logprobs", 0, 33, 2),
+    copy_blocks((2, 3, 9, 4, 64), np.float32, 4),
+    copy_blocks((1, 2, 40, 1, 128), np.uint8, 20),
+    copy_blocks((2, 1, 5, 2, 2), np.float16, 0),
     sample("greedy", 5003, temperature=0),
     sample("greedy among equals", 3001, temperature=0, round_to=4.0),
     sample("plain", 5003),

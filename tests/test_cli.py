@@ -19,7 +19,7 @@ from cupaged.checkpoint.fetch import models_folder
 from cupaged.cli import main
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
-COMMANDS = ("generate", "chat", "fetch", "info", "bench")
+COMMANDS = ("generate", "chat", "batch", "fetch", "info", "bench")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of POSIX")
 
 
@@ -103,7 +103,18 @@ def test_a_chat_template_is_used_where_there_is_one(run, instruct):
 def test_json_is_one_object_with_the_documented_keys(run, base):
     code, out, err = run("generate", "--model", base, "--device", "cpu", "--prompt", "Hello", "--max-tokens", 1, "--json")
     answer = json.loads(out)
-    keys = ["text", "token_ids", "prompt_tokens", "finish_reason", "seed", "model", "device", "dtype", "stats"]
+    keys = [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "finish_reason",
+        "seed",
+        "model",
+        "device",
+        "dtype",
+        "kv_cache_dtype",
+        "stats",
+    ]
     stats = ["load_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "cached_tokens", "generated_tokens"]
     assert (code, err, out.count("\n"), list(answer)) == (0, "", 1, keys)
     assert list(answer["stats"]) == [*stats, "kv_blocks", "kv_blocks_peak", "kv_block_size", "kv_bytes"]
@@ -139,6 +150,7 @@ def test_every_option_that_generate_lists_works(run, base, tmp_path):
     (tmp_path / "prompt").write_text("Hello")
     options = {
         **{"--model": base, "--device": "cpu", "--dtype": "float32", "--threads": 1, "--max-model-len": 64},
+        **{"--kv-cache-dtype": "int8"},
         **{"--kv-memory": "2MiB", "--block-size": 8, "--max-tokens": 4, "--temperature": 1, "--top-k": 9, "--top-p": 0.9},
         **{"--min-p": 0.01, "--repetition-penalty": 1.1, "--presence-penalty": 0.1, "--frequency-penalty": 0.1},
         **{"--seed": 5, "--stop": "\n\n", "--prompt-file": tmp_path / "prompt"},
@@ -178,6 +190,11 @@ def test_info_tells_sizes_without_reading_weights(run, base):
     )
     cpu = facts["devices"][0]
     assert (cpu["device"], cpu["dtype"], cpu["kv_bytes_per_token"], cpu["context"]) == ("cpu", "float32", 2 * 3 * 64 * 4, 128)
+    types = ("--kv-cache-dtype", "int8", "--dtype", "float32")
+    quantised = json.loads(run("info", base, "--json", *types)[1])["devices"][0]
+    head_dim, kv_heads = facts["head_dim"], facts["num_kv_heads"]
+    assert (quantised["kv_cache_dtype"], quantised["kv_bytes_per_token"]) == ("int8", 2 * 3 * kv_heads * (head_dim + 2))
+    assert run("info", base, "--kv-cache-dtype", "int5")[0] == 2
     text = run("info", base)[1]
     assert f"{count:,}" in text
     assert "128 tokens (whole)" in text

@@ -1,13 +1,15 @@
-"""Block manager and scheduler as integers: properties over random histories, no model."""
+"""Block manager, scheduler and prompt lookup, rule by rule: integers, no model."""
 
-import hypothesis.strategies as st
+import random
+import secrets
+
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.scheduler import Scheduler
 from cupaged.engine.sequence import Sequence
+from cupaged.engine.speculative import NgramProposer
+from cupaged.errors import InvalidArgument
 
 
 def sequence(token_ids, max_tokens=10**9):
@@ -21,101 +23,16 @@ def compute(blocks, seq):
     blocks.publish(seq)
 
 
-class Serving(RuleBasedStateMachine):
-    """Requests come, run and leave in any order; the pool's content is modelled by what each slot was last written with."""
-
-    def __init__(self):
-        super().__init__()
-        self.sequences = []
-        self.written = {}  # (block, slot) -> all tokens up to and including the one whose K/V it holds
-
-    def start(self, num_blocks, block_size, max_num_seqs, budget, caching):
-        self.blocks = BlockManager(num_blocks, block_size, caching)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget)
-
-    @precondition(lambda self: not hasattr(self, "blocks"))
-    @rule(
-        num_blocks=st.integers(2, 12),
-        block_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 4),
-        budget=st.integers(1, 9),
-        caching=st.booleans(),
-    )
-    def configure(self, num_blocks, block_size, max_num_seqs, budget, caching):
-        self.start(num_blocks, block_size, max_num_seqs, budget, caching)
-
-    @precondition(lambda self: hasattr(self, "blocks"))
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), extra=st.integers(1, 10))
-    def add(self, prompt, extra):
-        prompt = prompt[: self.blocks.capacity]
-        seq = sequence(prompt, min(len(prompt) + extra, self.blocks.capacity))
-        self.sequences.append(seq)
-        self.scheduler.add(seq)
-
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def abort(self, data):
-        seq = data.draw(st.sampled_from(self.sequences))
-        self.scheduler.remove(seq)
-        self.sequences.remove(seq)
-
-    @precondition(lambda self: hasattr(self, "blocks"))
-    @rule(token=st.integers(0, 1))
-    def step(self, token):
-        scheduled = self.scheduler.schedule()
-        assert bool(scheduled) == bool(self.sequences), "a step with work to do does some"
-        assert sum(count for _, count in scheduled) <= self.scheduler.max_num_batched_tokens
-        assert len(scheduled) <= self.scheduler.max_num_seqs
-        size = self.blocks.block_size
-        for seq, count in scheduled:
-            assert count > 0
-            for position in range(seq.num_computed, seq.num_computed + count):
-                self.written[seq.page_table[position // size], position % size] = tuple(seq.token_ids[: position + 1])
-        for seq, count in scheduled:
-            seq.num_computed += count
-            # Attention reads every position up to here: each slot must hold this sequence's own history.
-            for position in range(seq.num_computed):
-                found = self.written[seq.page_table[position // size], position % size]
-                assert found == tuple(seq.token_ids[: position + 1])
-            self.blocks.publish(seq)
-        for seq, _ in scheduled:
-            if seq.num_computed == seq.num_tokens:
-                seq.token_ids.append(token)
-                if seq.num_tokens >= seq.max_tokens:
-                    self.scheduler.remove(seq)
-                    self.sequences.remove(seq)
-
-    @invariant()
-    def books_agree(self):
-        if hasattr(self, "blocks"):
-            self.blocks.validate(self.sequences)
-
-    def teardown(self):
-        """Whatever happened, everything finishes and nothing is leaked."""
-        if not hasattr(self, "blocks"):
-            return
-        for _ in range(2000):
-            if not self.sequences:
-                break
-            self.step(token=0)
-        assert not self.sequences
-        assert self.blocks.num_used == 0
-        assert self.blocks.num_free == self.blocks.num_blocks - 1
-
-
-TestServing = Serving.TestCase
-TestServing.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-
-
 def test_equal_prefixes_share_blocks_and_one_token_is_left_to_compute():
     blocks = BlockManager(20, 4)
     first = sequence(range(12))
     compute(blocks, first)
     second = sequence([*range(12), 99])
-    blocks.adopt_prefix(second)
-    assert second.page_table == first.page_table[:3]
+    assert blocks.admit(second)
+    assert second.page_table[:3] == first.page_table[:3]
+    assert second.num_computed == 12
     same = sequence(range(12))
-    blocks.adopt_prefix(same)
+    assert blocks.admit(same)
     assert same.num_computed == 8
 
 
@@ -127,41 +44,67 @@ def test_content_outlives_its_owner_until_the_pool_needs_it():
     assert blocks.num_used == 0
     assert blocks.num_cached == 2
     again = sequence([*range(8), 1])
-    blocks.adopt_prefix(again)
+    assert blocks.admit(again)
     assert again.num_computed == 8
     blocks.release(again)
-    compute(blocks, sequence(range(50, 66)))  # takes all four blocks
+    other = sequence(range(50, 66))
+    compute(blocks, other)  # takes all four blocks
+    blocks.release(other)
     lost = sequence([*range(8), 1])
-    blocks.adopt_prefix(lost)
+    assert blocks.admit(lost)
     assert lost.num_computed == 0
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
-    blocks = BlockManager(4, 4)
-    first = sequence(range(12))
+    blocks = BlockManager(5, 4)
+    first = sequence(range(16))
     compute(blocks, first)
     blocks.release(first)
     other = sequence([7])
     assert blocks.grow(other, 1)
-    again = sequence(range(12))
-    blocks.adopt_prefix(again)
-    assert again.num_computed == 8
+    blocks.release(other)
+    again = sequence([*range(16)])
+    assert blocks.admit(again)
+    assert again.num_computed == 12
 
 
 def test_a_different_token_anywhere_before_is_a_different_block():
     blocks = BlockManager(20, 4)
     compute(blocks, sequence([1, 2, 3, 4, 5, 6, 7, 8]))
     other = sequence([9, 2, 3, 4, 5, 6, 7, 8, 0])
-    blocks.adopt_prefix(other)
-    assert other.page_table == []
+    assert blocks.admit(other)
+    assert other.num_computed == 0
 
 
 def test_without_caching_nothing_is_shared():
     blocks = BlockManager(20, 4, enable_prefix_caching=False)
     compute(blocks, sequence(range(8)))
     other = sequence(range(9))
-    blocks.adopt_prefix(other)
-    assert other.page_table == []
+    assert blocks.admit(other)
+    assert other.num_computed == 0
+
+
+def test_a_sequence_that_does_not_fit_is_not_admitted_and_changes_nothing():
+    blocks = BlockManager(5, 4)
+    compute(blocks, sequence(range(9)))
+    seq = sequence([*range(8), *range(100, 106)])  # two blocks are there, two more are needed
+    assert not blocks.admit(seq)
+    assert seq.page_table == []
+    assert blocks.num_used == 3
+
+
+def test_a_sequence_that_was_interrupted_waits_to_be_computed_again():
+    blocks = BlockManager(20, 4)
+    scheduler = Scheduler(blocks, 8, 64)
+    one, two = sequence(range(9)), sequence(range(50, 60))
+    scheduler.add(one)
+    scheduler.add(two)
+    scheduler.schedule()
+    scheduler.recover()
+    assert scheduler.running == []
+    assert scheduler.waiting == [one, two]
+    assert blocks.num_used == 0
+    assert scheduler.schedule() == [(one, 9), (two, 10)]
 
 
 def test_growing_beyond_the_pool_changes_nothing():
@@ -201,3 +144,134 @@ def test_the_youngest_makes_room_and_comes_back():
     assert list(scheduler.waiting) == [young]
     scheduler.remove(old)
     assert scheduler.schedule() == [(young, young.num_tokens - young.num_computed)]
+
+
+def test_a_fork_shares_blocks_and_the_first_to_write_takes_a_copy():
+    blocks = BlockManager(10, 4)
+    parent = sequence(range(6))
+    compute(blocks, parent)
+    child = blocks.fork(parent)
+    assert child.page_table == parent.page_table
+    assert blocks.num_used == 2
+    parent.token_ids.append(6)
+    child.token_ids.append(7)
+    assert blocks.grow(parent, 7)
+    assert blocks.grow(child, 7)  # by now the partial block is the child's alone
+    assert blocks.copies() == [(child.page_table[1], parent.page_table[1])]
+    assert child.page_table[0] == parent.page_table[0]
+    blocks.validate([parent, child])
+    blocks.copied()
+    assert blocks.copies() == []
+    blocks.validate([parent, child])
+    assert blocks.num_used == 3
+
+
+def test_the_source_of_a_copy_is_kept_until_it_is_made():
+    blocks = BlockManager(10, 4)
+    parent = sequence(range(6))
+    compute(blocks, parent)
+    child = blocks.fork(parent)
+    child.token_ids.append(7)
+    assert blocks.grow(child, 7)
+    [(source, _)] = blocks.copies()
+    blocks.release(parent)
+    greedy = sequence(range(100, 128))
+    assert not blocks.grow(greedy, 28)
+    assert blocks.grow(greedy, 24)
+    assert source not in greedy.page_table
+    blocks.copied()
+    assert blocks.grow(greedy, 28)
+
+
+def test_rejected_guesses_give_their_blocks_back():
+    blocks = BlockManager(10, 2)
+    seq = sequence([1, 2, 3])
+    compute(blocks, seq)
+    assert blocks.grow(seq, 8)
+    seq.num_computed = 8
+    blocks.shrink(seq, 3)
+    assert (seq.num_computed, len(seq.page_table)) == (3, 2)
+    blocks.validate([seq])
+
+
+def test_a_draft_that_does_not_fit_is_dropped_and_the_turn_kept():
+    blocks = BlockManager(3, 2)
+    scheduler = Scheduler(blocks, 4, 64)
+    seq = sequence([1, 2, 3], 4)
+    scheduler.add(seq)
+    scheduler.schedule()
+    seq.num_computed = 3
+    seq.token_ids.append(4)
+    seq.draft = [5, 6, 7]
+    assert scheduler.schedule() == [(seq, 1)]
+    assert seq.draft == []
+
+
+def test_priority_goes_before_arrival_and_the_least_urgent_makes_room():
+    blocks = BlockManager(5, 2)
+    scheduler = Scheduler(blocks, 8, 64)
+    first, urgent = sequence([1, 2, 3, 4]), sequence([5, 6, 7, 8])
+    urgent.priority = -1
+    scheduler.add(first)
+    scheduler.add(urgent)
+    assert [seq for seq, _ in scheduler.schedule()] == [urgent, first]
+    for seq in (urgent, first):
+        seq.num_computed = 4
+        seq.token_ids.append(9)
+    assert scheduler.schedule() == [(urgent, 1)]
+    assert scheduler.waiting == [first]
+    assert scheduler.num_preemptions == 1
+
+
+def test_waste_is_what_used_blocks_do_not_hold():
+    blocks = BlockManager(20, 4)
+    one = sequence(range(6))
+    compute(blocks, one)
+    fork = blocks.fork(one)
+    other = sequence(range(100, 109))
+    compute(blocks, other)
+    assert blocks.unused_slots([one, fork, other]) == 2 + 3
+    assert blocks.num_used == 2 + 3
+
+
+def test_hits_are_counted_once_for_each_admission():
+    blocks = BlockManager(20, 4)
+    scheduler = Scheduler(blocks, 8, 64)
+    for _ in range(2):
+        seq = sequence(range(9))
+        scheduler.add(seq)
+        for _, count in scheduler.schedule():
+            seq.num_computed += count
+        blocks.publish(seq)
+        scheduler.remove(seq)
+    assert (scheduler.num_looked_up, scheduler.num_found) == (18, 8)
+
+
+def test_prompt_lookup_guesses_what_followed_the_longest_repeated_ending():
+    proposer = NgramProposer(num_tokens=3)
+    seq = sequence([5, 1, 2, 3, 9, 8, 7, 4, 3, 6, 1, 2, 3])
+    assert proposer.propose(seq, 10) == [9, 8, 7]  # after 1 2 3, not after the later 3
+    assert proposer.propose(seq, 1) == [9]
+    seq.token_ids.append(0)
+    assert proposer.propose(seq, 10) == []
+    seq.token_ids += [4, 4]
+    assert proposer.propose(seq, 10) == [4, 4, 4]  # runs on into the guesses
+    with pytest.raises(InvalidArgument, match="num_tokens"):
+        NgramProposer(num_tokens=0)
+
+
+def test_prompt_lookup_is_what_a_search_would_find():
+    rng = random.Random(secrets.randbits(32))
+    proposer, seq = NgramProposer(num_tokens=2, longest=3), sequence([0])
+    for _ in range(300):
+        tokens = seq.token_ids
+        expected = []
+        for length in (3, 2, 1):
+            ends = [i for i in range(length, len(tokens)) if tokens[i - length : i] == tokens[-length:]]
+            if ends:
+                start = ends[-1]
+                more = tokens[start:]
+                expected = (more * 2)[:2]
+                break
+        assert proposer.propose(seq, 2) == expected
+        tokens.append(rng.randint(0, 3))

@@ -1,5 +1,6 @@
 """LLM on tiny random models: what a request gives does not depend on what runs beside it, nor on how the pool is cut."""
 
+import io
 import json
 import logging
 import shutil
@@ -228,9 +229,14 @@ def test_generation_config_says_what_ends_a_completion(folder, tmp_path, caplog)
         (None, "prompt_token_ids"),
     ],
 )
-def test_a_wrong_prompt_is_refused_and_harms_nobody(llm, prompt, says):
+def test_a_wrong_prompt_is_refused_and_harms_nobody(llm, alone, prompt, says):
     with pytest.raises(InvalidArgument, match=says):
-        llm.generate([[1, 2], prompt], GREEDY)
+        llm.generate([prompt], GREEDY)
+    wrong, right = llm.generate([prompt, PROMPTS[0]], GREEDY)
+    assert wrong.finished
+    assert says in wrong.error
+    assert right.error is None
+    assert right.outputs[0].token_ids == alone[0]
     assert llm.pool_stats().used_blocks == 0
 
 
@@ -352,3 +358,17 @@ def test_a_message_is_logged_where_the_pool_cuts_the_context(folder, caplog):
         llm = LLM(folder, device="cpu", block_size=4, kv_memory=10 * 4 * 1536)
     assert llm.max_model_len == 36
     assert "36 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_of_several_prompts_is_shown_on_a_terminal_only(llm, monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    llm.generate([[1], [2], [3]], GREEDY)
+    shown = stream.getvalue()
+    assert ("prompt" in shown) == terminal
+    assert "\n" not in shown
+    llm.generate([1], GREEDY)
+    llm.generate([[1], [2]], GREEDY, use_tqdm=False)
+    assert stream.getvalue() == shown

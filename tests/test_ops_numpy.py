@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from op_cases import BATCHES, CASES, SEED, attention, check, check_rows_are_independent, philox, rope
+from op_cases import BATCHES, CASES, E4M3, SEED, attention, call, check, check_rows_are_independent, philox, rope
 
 from cupaged.ops import numpy as ops
 
@@ -16,10 +16,10 @@ def rng():
 
 def rows_of(arguments):
     """(sequence, its query rows, their positions, its slots (page, slot) by position) for every sequence of a batch."""
-    block_size = arguments["k_pool"].shape[2]
-    for b, length in enumerate(arguments["seq_lens"]):
-        rows = np.arange(arguments["q_indptr"][b], arguments["q_indptr"][b + 1])
-        table = arguments["page_indices"][arguments["page_indptr"][b] : arguments["page_indptr"][b + 1]]
+    block_size, index = arguments["k_pool"].shape[2], arguments["index"]
+    for b, length in enumerate(index["seq_lens"]):
+        rows = np.arange(index["q_indptr"][b], index["q_indptr"][b + 1])
+        table = index["page_indices"][index["page_indptr"][b] : index["page_indptr"][b + 1]]
         slots = [(table[p // block_size], p % block_size) for p in range(length)]
         yield rows, length - len(rows) + np.arange(len(rows)), slots
 
@@ -34,7 +34,7 @@ def test_float32_and_float64_agree(case):
 @pytest.mark.parametrize("block_size", [1, 4, 32])
 def test_paged_attention_is_a_softmax_over_the_sequence_so_far(rng, block_size, heads, window):
     arguments = attention("", BATCHES["mixed"], heads, 16, block_size, window, shared=True).draw(rng)
-    out = ops.paged_attention(**arguments)
+    out = call(ops, "paged_attention", arguments)
     group = heads[0] // heads[1]
     seen = 0
     for rows, positions, slots in rows_of(arguments):
@@ -49,19 +49,35 @@ def test_paged_attention_is_a_softmax_over_the_sequence_so_far(rng, block_size, 
     assert seen == out.shape[0] * out.shape[1]
 
 
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_attention_over_codes_is_attention_over_what_they_mean(rng, kv):
+    arguments = attention("", BATCHES["mixed"], (4, 2), 16, 8, kv=kv).draw(rng)
+    scales = arguments["kv_scales"].astype(np.float64)
+    values = np.concatenate([E4M3, [np.nan]])
+    pools = {}
+    for which, name in enumerate(("k_pool", "v_pool")):
+        codes = arguments[name]
+        if kv == "int8":
+            pools[name] = codes * scales[..., which, None]
+        else:
+            pools[name] = np.where(codes < 128, 1, -1) * values[codes % 128] * scales[:, which, None, None, None]
+    expected = call(ops, "paged_attention", arguments | pools | {"kv_scales": None})
+    np.testing.assert_allclose(call(ops, "paged_attention", arguments), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_paged_attention_tiles_of_query_rows_join(rng, monkeypatch):
     arguments = attention("", [(70, 50), (9, 9)], (2, 1), 16, window=13).draw(rng)
-    whole = ops.paged_attention(**arguments)
+    whole = call(ops, "paged_attention", arguments)
     monkeypatch.setattr(ops, "_QUERY_TILE", 7)
     # Held by row, as everywhere: an element may be the small difference of large terms.
-    difference = np.linalg.norm(ops.paged_attention(**arguments) - whole, axis=-1)
+    difference = np.linalg.norm(call(ops, "paged_attention", arguments) - whole, axis=-1)
     assert np.all(difference <= 1e-14 * np.linalg.norm(whole, axis=-1))
 
 
 def test_rope_is_a_complex_rotation_and_the_append_lands_where_attention_reads(rng):
     arguments = rope("", BATCHES["mixed"], (4, 2), 16, 8).draw(rng)
     k_pool, v_pool = arguments["k_pool"].copy(), arguments["v_pool"].copy()
-    rotated = ops.rope_append(**arguments | {"k_pool": k_pool, "v_pool": v_pool})
+    rotated = call(ops, "rope_append", arguments | {"k_pool": k_pool, "v_pool": v_pool})
 
     def rotate(x, position):
         angle = position * 10000.0 ** -(np.arange(8) / 8)
@@ -89,8 +105,8 @@ def test_scores_after_rope_depend_on_the_distance_alone(rng):
 
     def at(vector, position):
         k_pool, v_pool = np.empty((2, 1, 100, 1, 16))
-        batch = np.array([0, 1]), np.array([position + 1]), np.array([0, 100]), pages
-        return ops.rope_append(vector, vector, vector, table, k_pool, v_pool, *batch)
+        index = ops.index(np.array([0, 1]), np.array([position + 1]), np.array([0, 100]), pages)
+        return ops.rope_append(vector, vector, vector, table, k_pool, v_pool, None, index)
 
     scores = [np.vdot(at(x, p + 7), at(y, p)) for p in (0, 3, 50, 92)]
     np.testing.assert_allclose(scores, scores[0], atol=1e-9)
@@ -118,8 +134,8 @@ def test_penalties_and_bans_by_hand():
         np.float32([0.25, 9]),
     )
     np.testing.assert_array_equal(logits, [[1, -4.75, -0.25, 5], [1, 1, 1, 1]])
-    ops.forbid(logits, np.int32([0, 0, 2]), np.int32([3, 0]))
-    np.testing.assert_array_equal(logits, [[1, -4.75, -0.25, 5], [-np.inf, 1, 1, -np.inf]])
+    ops.bias(logits, np.int32([0, 1, 3]), np.int32([2, 3, 0]), np.float32([0.5, -np.inf, 2]))
+    np.testing.assert_array_equal(logits, [[1, -4.75, 0.25, 5], [3, 1, 1, -np.inf]])
 
 
 @pytest.mark.parametrize(

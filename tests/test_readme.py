@@ -26,6 +26,24 @@ def figures(machine, start, memory, prefill, decode):
     return f"| {machine} | {start['s']:.1f} s | {speed(prefill)} | {speed(decode)} | {memory['gb']:.2f} GB |"
 
 
+def test_figures_of_attention_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "scripts" / "results" / "attention_h200.json").read_text())["rows"]
+    assert attention_table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def attention_table(rows):
+    lines = ["| heads/KV heads, batch x length | time | of the limit | cuDNN |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        [peer] = [us for name, us in row["peers"].items() if "contiguous" in name] or [None]
+
+        def shown(us, row=row):
+            return f"{row['tflop_s'] * row['us'] / us:.0f} TFLOP/s" if "tflop_s" in row else f"{us:.4g} us"
+
+        ours = shown(row["us"])
+        lines.append(f"| {row['case']} | {ours} | {row['share']:.0%} | {shown(peer) if peer else ''} |".replace("  ", " "))
+    return "\n".join(lines)
+
+
 def test_every_file_that_is_named_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:cupaged|cuda_src|attention|engine|ops|scripts|weights|tests)/[\w./]*)`", text)

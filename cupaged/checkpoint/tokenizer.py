@@ -85,6 +85,10 @@ class Tokenizer:
                 )
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def decode_token(self, id_: int) -> str:
+        """The text of one token by itself, special ones by their names; "" for ids of a padded vocabulary."""
+        return self._tokenizer.decode([id_], skip_special_tokens=False) if id_ < self.vocab_size else ""
+
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """A decoder for ids that arrive one by one."""
         return DecodeStream(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())

@@ -1,16 +1,23 @@
-"""cuda_src -> kernels of the current device: NVRTC behind `cupy.RawModule`, compiled once and cached on disk by CuPy."""
+"""cuda_src -> kernels of the current device: compiled by NVRTC, several at once, and kept on disk."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,13 +26,16 @@ from cupaged.errors import DeviceError
 
 logger = logging.getLogger("cupaged")
 
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "-ftz=true")
 _LEAST_CAPABILITY = 80  # cp.async, bfloat16
+_WITH_OWN_FEATURES = ("90",)  # devices that have instructions of no other, which sources use: wgmma
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
+
+Variant = tuple[str, str, dict[str, int]]  # file of cuda_src, kernel in it, macros
 
 
 def kernel(source: str, name: str, **defines: int) -> Any:
-    """The kernel `name` of the file `source` of cuda_src, compiled for the current device with -DKEY=VALUE for each define.
+    """The kernel `name` of the file `source` of cuda_src, compiled for the current device with each define as a macro.
 
     Called as kernel(grid, block, args, shared_mem=0) with tuples; args are CuPy arrays and NumPy scalars of the exact C types.
     A cupy.RawKernel; made once for each device. DeviceError where it cannot be compiled or loaded.
@@ -33,23 +43,131 @@ def kernel(source: str, name: str, **defines: int) -> Any:
     return _kernel(source, name, tuple(defines.items()), import_cupy().cuda.runtime.getDevice())
 
 
+@contextlib.contextmanager
+def compiling(variants: Iterable[Variant]) -> Iterator[None]:
+    """Compiles what no cache holds of the variants while the body runs, a thread for each, and loads all of them at its end.
+
+    For the current device; `kernel` then has them at hand. DeviceError as there.
+    """
+    variants = list(variants)
+    capability = import_cupy().cuda.Device().compute_capability
+    _cache_folder(), _compiler_version()  # found out once, not by each thread
+    with ThreadPoolExecutor(os.cpu_count(), "cupaged-nvrtc") as pool:  # NVRTC computes without Python's lock
+        sources = {source_text(source, defines): source for source, _, defines in variants}
+        jobs = [pool.submit(_binary, text, source, capability) for text, source in sources.items()]
+        yield
+        for job in jobs:
+            job.result()
+    for source, name, defines in variants:
+        kernel(source, name, **defines)
+
+
 @functools.cache
 def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Any:
     cupy = import_cupy()
+    path = _binary(source_text(source, dict(defines)), source, cupy.cuda.Device(device).compute_capability)
     try:
-        module = cupy.RawModule(code=read_source(source), options=options_of(dict(defines)))  # CuPy keeps one for each text
-        return module.get_function(name)  # compiles, or loads what is cached
-    except cupy.cuda.compiler.CompileException as error:
-        cause = f"{source} does not compile"
-        raise DeviceError(f"{cause} ({first_error(str(error))}); {install_command()} brings compiler and headers") from error
-    except (RuntimeError, ImportError, OSError) as error:  # no NVRTC, no headers, no room in the cache, a driver's refusal
-        cause = f"{source} cannot be compiled for this GPU"
-        raise DeviceError(f"{cause} ({first_error(str(error))}); {install_command()} brings what is needed") from error
+        module = cupy.RawModule(path=str(path))
+        loaded = module.get_function(name)
+        loaded.kernel  # noqa: B018  (loads it)
+        # Kept to the end of the process: unloaded while Python itself shuts down, CuPy prints errors.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
+        return loaded
+    except (RuntimeError, OSError) as error:  # a driver's refusal
+        path.unlink(missing_ok=True)  # in case that the file is the reason
+        cause = f"{source} cannot be loaded on this GPU ({first_error(str(error))})"
+        raise DeviceError(f"{cause}; try once more, and if that fails too, update the driver") from error
 
 
-def options_of(defines: dict[str, int]) -> tuple[str, ...]:
-    """NVRTC's options for a variant of a kernel."""
-    return (*OPTIONS, *(f"-D{key}={value}" for key, value in defines.items()))
+def _binary(text: str, source: str, capability: str) -> Path:
+    """The file that holds a source text compiled for devices of a compute capability; made if it is not there.
+
+    Its name tells all that it depends on. NVRTC is not asked for its version: to load that library takes longer than the rest.
+    """
+    folder = _cache_folder()
+    key = "\0".join([capability, _compiler_version(), *OPTIONS, text])
+    path = folder / f"cupaged-{hashlib.sha256(key.encode()).hexdigest()[:40]}.cubin"
+    if not path.exists():
+        try:
+            binary, _ = compile_text(text, architecture_for(capability, _nvrtc().getSupportedArchs()))
+            _write(path, binary)
+        except DeviceError as error:
+            raise DeviceError(
+                f"{source} does not compile ({error}); {install_command()} brings compiler and headers"
+            ) from error
+        except (RuntimeError, ImportError, OSError) as error:  # no NVRTC, no room in the cache
+            cause = f"{source} cannot be compiled for this GPU"
+            raise DeviceError(f"{cause} ({first_error(str(error))}); {install_command()} brings what is needed") from error
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Make a file that nobody sees unfinished."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
+
+
+def compile_text(text: str, architecture: str, options: Iterable[str] = ()) -> tuple[bytes, str]:
+    """(code, the compiler's log) of a source text, by NVRTC; DeviceError with the first error where it does not compile.
+
+    `architecture` is like "sm_90a" (machine code) or "compute_90" (PTX, which a driver compiles on). No GPU is needed.
+    """
+    nvrtc, folder = _nvrtc(), _header_folder()
+    include = [] if folder is None else [f"-I{folder}"]
+    program = nvrtc.createProgram(text, "kernel.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, [*OPTIONS, *include, f"--gpu-architecture={architecture}", *options])
+        code = nvrtc.getCUBIN(program) if architecture.startswith("sm_") else nvrtc.getPTX(program)
+        return code + b"\0", nvrtc.getProgramLog(program)  # CuPy drops the last byte
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        raise DeviceError(first_error(log or str(error))) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _nvrtc() -> ModuleType:
+    """CuPy's face of NVRTC."""
+    import_cupy()
+    return importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+
+
+def architecture_for(capability: str, known: Iterable[int]) -> str:
+    """NVRTC's name of what to compile for on devices of a compute capability ("90"), of the capabilities that it knows.
+
+    "sm_90a" where the device has instructions of its own; "compute_120", which the driver compiles on, where NVRTC is older.
+    """
+    if int(capability) in known:
+        return f"sm_{capability}a" if capability in _WITH_OWN_FEATURES else f"sm_{capability}"
+    return f"compute_{max(number for number in known if number < int(capability))}"
+
+
+def _header_folder() -> str | None:
+    """Where cuda_bf16.h and the like are."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    return find_nvidia_header_directory("cudart")
+
+
+@functools.cache
+def _compiler_version() -> str:
+    """Of the NVRTC that was installed by pip; empty where it comes from elsewhere, and then an update does not recompile."""
+    major = import_cupy().cuda.runtime.runtimeGetVersion() // 1000
+    try:
+        return importlib.metadata.version("nvidia-cuda-nvrtc-cu12" if major == 12 else "nvidia-cuda-nvrtc")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def source_text(source: str, defines: dict[str, int]) -> str:
+    """What is compiled for a variant: the macros, then the file."""
+    return "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items())) + read_source(source)
 
 
 def source_folder() -> Path:
@@ -64,7 +182,7 @@ def source_folder() -> Path:
 def read_source(file: str) -> str:
     """A file of cuda_src with those of its includes that are in cuda_src put in their place, each once.
 
-    One text, because CuPy's cache is keyed by the text: an edited .cuh that came by -I would leave a stale binary in use.
+    One text, because the cache is keyed by the text: an edited .cuh that came by -I would leave a stale binary in use.
     """
     folder, seen = source_folder(), set()
 
@@ -99,7 +217,7 @@ def import_cupy() -> ModuleType:
         return sys.modules["cupy"]
     if importlib.util.find_spec("cupy") is None:
         raise DeviceError(f"CuPy, which runs the CUDA kernels, is not installed; {install_command()}")
-    _provide_kernel_cache()
+    _cache_folder()
     try:
         return importlib.import_module("cupy")
     except (ImportError, OSError) as error:
@@ -107,16 +225,23 @@ def import_cupy() -> ModuleType:
 
 
 @functools.cache
-def _provide_kernel_cache() -> None:
-    """Where CuPy's cache folder cannot be written, have it compile uncached; else its import or its first kernel would fail."""
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept: CuPy's folder, or where that cannot be written one that goes when the process ends.
+
+    CuPy is then told to keep none either; else its import or its first kernel would fail.
+    """
     folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        return Path(folder)
     except OSError as error:
         logger.warning("kernels are compiled anew at every start, because CuPy's cache folder cannot be written: %s", error)
-        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
-        os.environ["CUPY_CACHE_DIR"] = str(source_folder())  # any that exists: CuPy would make it, but writes nothing
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"
+    os.environ["CUPY_CACHE_DIR"] = str(source_folder())  # any that exists: CuPy would make it, but writes nothing
+    temporary = tempfile.mkdtemp(prefix="cupaged-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)
 
 
 def has_driver() -> bool:

@@ -1,4 +1,4 @@
-"""The KV pool: two arrays on the device, and how large they may be."""
+"""The KV pool: its arrays on the device, and how large they may be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 
 from cupaged.checkpoint.config import ModelConfig
+from cupaged.engine.dtypes import kv_bytes_per_token, stored_as
 from cupaged.errors import InvalidArgument, OutOfMemory
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -15,18 +16,24 @@ _CPU_SHARE = 0.25  # of the memory that is free: the rest of the machine is in u
 
 
 class KVPool:
-    """`k` and `v`, each `[num_layers, num_kv_heads, num_blocks, block_size, head_dim]`."""
+    """`k` and `v`, each `[num_layers, num_kv_heads, num_blocks, block_size, head_dim]`, and the `scales` of 8-bit types.
 
-    def __init__(self, ops: ModuleType, config: ModelConfig, dtype: str, num_blocks: int, block_size: int) -> None:
-        shape = (config.num_layers, config.num_kv_heads, num_blocks, block_size, config.head_dim)
-        self.k, self.v = ops.empty(shape, dtype), ops.empty(shape, dtype)
+    Those are float16 `[num_layers, num_kv_heads, num_blocks, block_size, 2]` of int8 (K, V) and float32 `[num_layers,
+    num_kv_heads, 2]` of fp8, all 1; None of other types. `ops.numpy` says what they mean.
+    """
+
+    def __init__(self, ops: ModuleType, config: ModelConfig, kv_dtype: str, num_blocks: int, block_size: int) -> None:
+        slots = (config.num_layers, config.num_kv_heads, num_blocks, block_size)
+        self.k, self.v = (ops.empty((*slots, config.head_dim), stored_as(kv_dtype)) for _ in range(2))
+        self.scales = None
+        if kv_dtype == "int8":
+            self.scales = ops.empty((*slots, 2), "float16")
+        elif kv_dtype == "fp8":
+            self.scales = ops.upload(np.ones((*slots[:2], 2), np.float32))
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.bytes = self.k.nbytes + self.v.nbytes
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes of K and V that one token keeps, over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * (4 if dtype == "float32" else 2)
+        self.bytes = num_blocks * block_size * kv_bytes_per_token(config, kv_dtype)
+        # What belongs to a block is at its index of the third axis of these: to copy a block is to copy that of each.
+        self.by_block = [self.k, self.v] + ([self.scales] if kv_dtype == "int8" else [])
 
 
 def parse_bytes(size: int | str) -> int:
@@ -40,7 +47,7 @@ def parse_bytes(size: int | str) -> int:
 def blocks_that_fit(
     ops: ModuleType,
     config: ModelConfig,
-    dtype: str,
+    kv_dtype: str,
     block_size: int,
     max_tokens: int,
     kv_memory: int | str | None,
@@ -52,7 +59,7 @@ def blocks_that_fit(
     `kv_memory` decides if given. Otherwise it is what `max_tokens` tokens need, at most a quarter of the free memory of a
     CPU, or what `gpu_memory_utilization` of a GPU's memory leaves after all that is in use and `reserved_bytes`.
     """
-    block_bytes = kv_bytes_per_token(config, dtype) * block_size
+    block_bytes = kv_bytes_per_token(config, kv_dtype) * block_size
     free, total = ops.free_memory()
     if kv_memory is not None:
         budget = parse_bytes(kv_memory)

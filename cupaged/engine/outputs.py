@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability (natural), and its place among all by probability, from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 @dataclass
 class CompletionOutput:
     """One completion of a prompt: `text` without special tokens and stop string, `token_ids` all that was generated."""
@@ -12,6 +21,8 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None  # by token id, for each of token_ids; None: not asked for
+    cumulative_logprob: float | None = None  # of all of token_ids; None: not asked for
     finish_reason: str | None = None  # "stop" | "length" | "abort"; None: still running
     stop_reason: int | str | None = None  # the stop string or stop token id; None for the model's own end
 
@@ -21,11 +32,18 @@ class RequestMetrics:
     """Times in seconds of `time.perf_counter`; counts in tokens, generated ones over all completions."""
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
+    inter_token_times: list[float] = field(default_factory=list)  # seconds from each step that gave tokens to the next
+    last_token_time: float | None = None
+
+    @property
+    def queue_time(self) -> float | None:
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -56,4 +74,27 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     finished: bool = False
-    error: str | None = None
+    error: str | None = None  # why it ended before its time, through no fault of others
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # for each prompt token, None for the first
+
+
+@dataclass
+class EngineStats:
+    """What the engine has done and holds; times in seconds, counts since it was made unless said otherwise."""
+
+    num_running: int  # now
+    num_waiting: int  # now
+    blocks_used: int  # now, as the next two
+    blocks_cached: int  # without an owner, their content still to be found
+    blocks_free: int  # without an owner
+    kv_waste: float  # now: share of the slots of used blocks that hold no token
+    prefix_hit_rate: float  # tokens of admitted sequences that were found in the prefix cache
+    num_preemptions: int
+    num_steps: int
+    num_generated_tokens: int
+    step_s: float  # in steps
+    policy_s: float  # of them, in the scheduler and the block manager
+    num_drafts: int  # verified guesses of speculative decoding, in runs of several tokens
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    accepted_lengths: dict[int, int] = field(default_factory=dict)  # accepted tokens of a draft -> drafts

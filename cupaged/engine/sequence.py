@@ -17,11 +17,17 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     max_tokens: int  # ends when it holds so many tokens, prompt included
+    priority: int = 0  # the smaller goes first
+    max_chunk: int | None = None  # tokens that may be computed in one step; None: as many as the step has room for
+    use_cache: bool = True  # whether blocks of an equal prefix may be taken over
+    arrival: int = -1  # the scheduler's count of sequences when this one came: orders those of equal priority
     page_table: list[int] = field(default_factory=list)
     num_computed: int = 0
-    num_cached: int = 0  # prompt tokens that were found in the pool when it was admitted
+    draft: list[int] = field(default_factory=list)  # guesses of the tokens after token_ids, to be verified in the next step
+    num_writable: int = 0  # from num_computed up to here there is room, in blocks that no other sequence has
+    num_cached: int = -1  # tokens that were found in the pool when it was admitted first; -1: not admitted yet
     num_published: int = 0  # leading full blocks that the block manager knows by content
-    content_hash: bytes = b""  # of those blocks
+    hashes: list[bytes] = field(default_factory=list)  # content hashes of leading full blocks, as far as anyone asked for them
 
     @property
     def num_tokens(self) -> int:

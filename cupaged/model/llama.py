@@ -47,14 +47,15 @@ class Llama:
         self.params = {name: ops.upload(array, dtype) for name, array in weights}
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
-    def forward(self, batch: Batch, k_pool: np.ndarray, v_pool: np.ndarray) -> np.ndarray:
+    def forward(self, batch: Batch, k_pool: np.ndarray, v_pool: np.ndarray, kv_scales: np.ndarray | None = None) -> np.ndarray:
         """Append the batch's K/V to the pools and return float32 logits [R, vocab].
 
-        Pools are [num_layers, num_kv_heads, num_blocks, block_size, head_dim].
+        Pools are [num_layers, num_kv_heads, num_blocks, block_size, head_dim]; kv_scales [num_layers, ...] belong to pools of 8
+        bits, as `ops.numpy` says.
         """
         ops, config = self.ops, self.config
         num_tokens = len(batch.token_ids)
-        index = [ops.upload(a) for a in (batch.q_indptr, batch.seq_lens, batch.page_indptr, batch.page_indices)]
+        index = ops.index(batch.q_indptr, batch.seq_lens, batch.page_indptr, batch.page_indices)
 
         x = ops.embedding(ops.upload(batch.token_ids), self.params["model.embed_tokens.weight"])  # [T, hidden]
         for layer, window in enumerate(config.sliding_windows):
@@ -66,8 +67,9 @@ class Llama:
             if config.qk_norm:
                 q = self._norm(q, f"{name}.self_attn.q_norm")
                 k = self._norm(k, f"{name}.self_attn.k_norm")
-            q = ops.rope_append(q, k, v, self.rope_table, k_pool[layer], v_pool[layer], *index)
-            attended = ops.paged_attention(q, k_pool[layer], v_pool[layer], *index, config.head_dim**-0.5, window)
+            kv = (k_pool[layer], v_pool[layer], None if kv_scales is None else kv_scales[layer])
+            q = ops.rope_append(q, k, v, self.rope_table, *kv, index)
+            attended = ops.paged_attention(q, *kv, index, config.head_dim**-0.5, window)
             x = ops.add(x, self._linear(attended.reshape(num_tokens, -1), f"{name}.self_attn.o_proj"))
 
             h = self._norm(x, f"{name}.post_attention_layernorm")

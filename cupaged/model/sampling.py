@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
 from cupaged.errors import InvalidArgument
+
+LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class SamplingParams:
         max_tokens: the most tokens to generate; None goes on until the model ends or its context is full.
         ignore_eos: go on past the model's end-of-sequence tokens.
         skip_special_tokens: leave special tokens out of the text.
+        logprobs: log-probabilities to give with every generated token: its own, and those of so many most probable ones, at
+            most 20. They are the model's, before any of the above changes them.
+        prompt_logprobs: the same for the tokens of the prompt; its K/V are then not taken from the prefix cache.
+        logit_bias: {token id: what is added to its logit}, from -100 to 100 or -inf.
+        logits_processors: functions of (token ids generated so far, float32 logits [vocab]) that return the logits to go on
+            with, or change and return the array that they get: -inf forbids a token. They run on the host, first of all that
+            changes logits. One that raises ends its own request, with `RequestOutput.error`.
     """
 
     n: int = 1
@@ -48,6 +57,10 @@ class SamplingParams:
     max_tokens: int | None = 16
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:
         for name, expected in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
@@ -55,6 +68,9 @@ class SamplingParams:
             value = () if value is None else (value,) if isinstance(value, str) else value
             self._check(name, isinstance(value, Sequence), expected)
             object.__setattr__(self, name, tuple(value))
+        processors = () if self.logits_processors is None else self.logits_processors
+        self._check("logits_processors", isinstance(processors, Sequence) and all(map(callable, processors)), "functions")
+        object.__setattr__(self, "logits_processors", tuple(processors))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
 
         def is_count(value: object, least: int) -> bool:
@@ -74,6 +90,14 @@ class SamplingParams:
         check("stop_token_ids", all(_is_int(i) for i in self.stop_token_ids), "token ids")
         check("min_tokens", is_count(self.min_tokens, 0), "a whole number of at least 0")
         check("max_tokens", self.max_tokens is None or is_count(self.max_tokens, 1), "at least 1, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(name, value is None or (is_count(value, 0) and value <= 20), "a whole number from 0 to 20, or None")
+        bias = self.logit_bias
+        sound = isinstance(bias, Mapping) and all(
+            _is_int(token) and (_is_number(value, -100, 100) or value == -np.inf) for token, value in bias.items()
+        )
+        check("logit_bias", bias is None or sound, "{token id: a number from -100 to 100, or -inf}")
         for name in ("ignore_eos", "skip_special_tokens"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
 
@@ -99,8 +123,8 @@ class SamplingRow:
     seed: int  # the request's, drawn by the engine where params.seed is None; [0, 2^64)
     candidate: int  # which of params.n
     position: int  # of the token to be drawn
-    seen: dict[int, int]  # distinct tokens so far -> times generated (0: only in the prompt)
-    forbidden: tuple[int, ...]  # tokens that may not be drawn
+    seen: Mapping[int, int]  # distinct tokens so far -> times generated (0: only in the prompt)
+    bias: Mapping[int, float]  # distinct tokens -> what is added to their logits
 
 
 def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list[int]:
@@ -120,11 +144,12 @@ def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list
             column([p.presence_penalty for p in params], np.float32),
             column([p.frequency_penalty for p in params], np.float32),
         )
-    if any(row.forbidden for row in rows):
-        ops.forbid(
+    if any(row.bias for row in rows):
+        ops.bias(
             logits,
-            column(np.cumsum([0] + [len(row.forbidden) for row in rows]), np.int32),
-            column([token for row in rows for token in row.forbidden], np.int32),
+            column(np.cumsum([0] + [len(row.bias) for row in rows]), np.int32),
+            column([token for row in rows for token in row.bias], np.int32),
+            column([value for row in rows for value in row.bias.values()], np.float32),
         )
     tokens = ops.sample(
         logits,
@@ -137,3 +162,20 @@ def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list
         column([row.position for row in rows], np.int32),
     )
     return ops.download(tokens).tolist()
+
+
+Score = list[tuple[int, float, int]]  # (token id, log-probability, rank): of the token in question, then of the most probable
+
+
+def score(ops: ModuleType, logits: np.ndarray, token_ids: Sequence[int], count: int) -> list[Score]:
+    """Log-probabilities of one token for each row of `logits`, a float32 [R, vocab] device array, and of its `count` best."""
+    tokens = np.array(token_ids, np.int32)
+    count = min(count, logits.shape[1])
+    best = ops.download(ops.largest(logits, count))
+    asked = np.concatenate([tokens[:, None], best], axis=1)
+    logprobs = ops.download(ops.logprobs(logits, ops.upload(asked)))
+    ranks = np.empty(asked.shape, np.int32)
+    ranks[:, 0] = ops.download(ops.ranks(logits, ops.upload(tokens)))
+    ranks[:, 1:] = np.arange(1, count + 1)
+    columns = zip(asked.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in columns]

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
+from cupaged import attention
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
 
@@ -27,9 +28,10 @@ except DeviceError:  # `jit.check_device` is what tells the user; the emulator p
 Array = Any  # cupy.ndarray
 
 DTYPES = ("bfloat16", "float16")
+KV_DTYPES = ("fp8", "int8")  # of a pool, beside that of the activations
 _DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
+_CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
 _SLICE_BYTES = 16 << 20  # of an upload that are converted at once
-_MAX_HEADS = 8  # query heads of a group that one CTA attends for
 _MAX_GRID = 2**31 - 1
 _SOURCES = {
     "embedding": "embedding.cu",
@@ -39,12 +41,19 @@ _SOURCES = {
     "add_bias": "elementwise.cu",
     "add_bias_float32": "elementwise.cu",
     "rope_append": "rope_append.cu",
-    "paged_attention": "paged_attention.cu",
+    "copy_blocks": "copy_blocks.cu",
     "penalise": "sampling.cu",
-    "forbid": "sampling.cu",
+    "bias": "sampling.cu",
     "sample": "sampling.cu",
+    "largest": "logprobs.cu",
+    "ranks": "logprobs.cu",
+    "logprobs": "logprobs.cu",
 }
-_FOR_ALL_DTYPES = ("embedding", "penalise", "forbid", "sample")
+_FOR_ALL_DTYPES = ("embedding", "copy_blocks", "penalise", "bias", "sample", "largest", "ranks", "logprobs")
+_SELDOM = (  # asked for by some models, some requests
+    *("add_bias", "add_bias_float32", "copy_blocks", "penalise", "bias"),
+    *("largest", "ranks", "logprobs"),
+)
 
 
 def variants() -> list[tuple[str, str, dict[str, int]]]:
@@ -52,25 +61,40 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     found = []
     for name, source in _SOURCES.items():
         shapes: list[dict[str, int]] = [{}]
-        if name == "paged_attention":
-            shapes = [{"HEAD_DIM": d, "HEADS": h} for d in (64, 128) for h in range(1, _MAX_HEADS + 1)]
+        if name == "rope_append":
+            shapes = [{}, *_CODE_DEFINES.values()]
         dtypes = [{}] if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES.values()
         found += [(source, name, {**dtype, **shape}) for dtype in dtypes for shape in shapes]
     return found
 
 
-def shared_bytes(name: str, HEAD_DIM: int = 0, HEADS: int = 0, **_: int) -> int:
+def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int) -> contextlib.AbstractContextManager:
+    """Context beside whose body the kernels of a model are compiled, where that was not done before; they are ready at its end.
+
+    The types are of activations and of the arrays of the KV pool; for the current device. InvalidArgument for other head_dims
+    than 64 and 128.
+    """
+    if head_dim not in (64, 128):
+        raise InvalidArgument(f"the model's head_dim is {head_dim} and the CUDA kernels know 64 and 128; use device 'cpu'")
+    found = attention.kernel.variants_of_device(dtype, head_dim, kv_dtype, block_size)
+    for name, source in _SOURCES.items():
+        if name not in _SELDOM:
+            defines = {} if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES[dtype]
+            codes = _CODE_DEFINES.get(kv_dtype, {}) if name == "rope_append" else {}
+            found.append((source, name, {**defines, **codes}))
+    return jit.compiling(found)
+
+
+def shared_bytes(name: str) -> int:
     """Dynamic shared memory of a kernel: the size of its `struct Shared`."""
-    if name == "rms_norm":
-        return 4 * 32
-    if name == "sample":
-        return 2 * 4 * 2048 + 8 * (64 + 32 + 2)
-    if name == "paged_attention":
-        lanes = HEAD_DIM // 32
-        warp_positions = 32 // lanes
-        tile = 4 * warp_positions
-        return 2 * 2 * tile * (HEAD_DIM + 8 * lanes + HEAD_DIM) + 4 * HEADS * (HEAD_DIM + tile)
-    return 0
+    sizes = {
+        "rms_norm": 4 * 32,
+        "sample": 2 * 4 * 2048 + 8 * (64 + 32 + 2),
+        "largest": 8 * 32,
+        "ranks": 4 * 32,
+        "logprobs": 4 * 32,
+    }
+    return sizes.get(name, 0)
 
 
 def _launch(name: str, grid: tuple[int, ...], threads: int, args: tuple, dtype: np.dtype | None = None, **shape: int) -> None:
@@ -85,7 +109,7 @@ def _launch(name: str, grid: tuple[int, ...], threads: int, args: tuple, dtype: 
             raise InvalidArgument(f"{name} was given {dtype.name} arrays; the CUDA kernels take {' and '.join(DTYPES)}")
         shape = {**_DTYPE_DEFINES[dtype.name], **shape}
     launch = jit.kernel(_SOURCES[name], name, **shape)
-    launch(grid, (threads, 1, 1), args, shared_mem=shared_bytes(name, **shape))
+    launch(grid, (threads, 1, 1), args, shared_mem=shared_bytes(name))
 
 
 def _threads(items: int, most: int) -> int:
@@ -123,6 +147,8 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     Conversion and staging take a slice of 16 MiB at a time, so that the host holds little beside the array itself.
     """
     dtype = array.dtype if dtype is None else np.dtype(dtype)
+    if not isinstance(array, np.ndarray) and array.dtype == dtype:
+        return array  # it is there
     step = _SLICE_BYTES // dtype.itemsize
     try:
         if array.size <= step:
@@ -134,6 +160,16 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
         return out
     except MemoryError as error:
         raise _no_room(array.size * dtype.itemsize) from error
+
+
+def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> Array:
+    """A device array of `dtype` filled with a host array's elements, over and over."""
+    out, source = empty(shape, dtype), upload(pattern.reshape(-1), dtype)
+    target = out.reshape(-1)
+    for start in range(0, target.size, source.size):
+        piece = target[start : start + source.size]
+        piece.data.copy_from_device_async(source.data, piece.nbytes, cupy.cuda.get_current_stream())
+    return out
 
 
 def download(array: Array) -> np.ndarray:
@@ -243,6 +279,44 @@ def _gemm(x: Array, weight: Array, out: Array) -> None:
         raise DeviceError(f"cuBLAS failed ({error}); if GPU memory is short, lower gpu_memory_utilization") from error
 
 
+class Index:
+    """The batch of one step, as `ops.numpy` says, on the device; and the plans of its attention."""
+
+    def __init__(self, *arrays: np.ndarray) -> None:
+        self._host = [np.ascontiguousarray(array, np.int32) for array in arrays]
+        self._plans: dict[tuple, attention.Plan] = {}
+        starts = np.cumsum([0, *(-(-array.size // 4) * 4 + 4 for array in self._host)])
+        together = np.full(starts[-1], -1, np.int32)  # what lies between the arrays is no page, so that a wrong index shows
+        for start, array in zip(starts, self._host, strict=False):
+            together[start : start + array.size] = array
+        on_device = upload(together)
+        parts = [on_device[start : start + array.size] for start, array in zip(starts, self._host, strict=False)]
+        self.q_indptr, self.seq_lens, self.page_indptr, self.page_indices = parts
+
+    def plan(self, q: Array, k_pool: Array, sliding_window: int | None) -> attention.Plan:
+        """How attention over such arrays is cut: made for the first layer, found again by the others."""
+        key = q.shape[1:], k_pool.shape, q.dtype, k_pool.dtype, sliding_window
+        if key not in self._plans:
+            num_kv_heads, num_blocks, block_size, head_dim = k_pool.shape
+            decode_grid, prefill_grid = attention.grids_of_device(head_dim, q.dtype.name, k_pool.dtype.name)
+            self._plans[key] = attention.plan(
+                *self._host,
+                num_heads=q.shape[1],
+                num_kv_heads=num_kv_heads,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                decode_grid=decode_grid,
+                prefill_grid=prefill_grid,
+                sliding_window=sliding_window,
+            )
+        return self._plans[key]
+
+
+def index(q_indptr: np.ndarray, seq_lens: np.ndarray, page_indptr: np.ndarray, page_indices: np.ndarray) -> Index:
+    """What `rope_append` and `paged_attention` take to know a batch by, from host arrays of int32."""
+    return Index(q_indptr, seq_lens, page_indptr, page_indices)
+
+
 def rope_append(
     q: Array,
     k: Array,
@@ -250,56 +324,52 @@ def rope_append(
     rope_table: Array,
     k_pool: Array,
     v_pool: Array,
-    q_indptr: Array,
-    seq_lens: Array,
-    page_indptr: Array,
-    page_indices: Array,
+    kv_scales: Array | None,
+    index: Index,
 ) -> Array:
     """Rotate q and k by their positions, append k and v to the pool, return the rotated q.
 
     q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32; pools
-    [num_kv_heads, num_blocks, block_size, head_dim]; head_dim a multiple of 16, block_size a power of two.
+    [num_kv_heads, num_blocks, block_size, head_dim] of q's dtype, int8 or uint8 (fp8), with kv_scales as `ops.numpy` says;
+    head_dim a multiple of 16, block_size a power of two.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, num_blocks, block_size, _ = k_pool.shape
     out = empty(q.shape, q.dtype)
-    index = [_device_array(a, np.int32) for a in (q_indptr, seq_lens, page_indptr, page_indices)]
-    sizes = (seq_lens.size, num_heads, num_kv_heads, head_dim, num_blocks, _shift(block_size))
-    args = (q, k, v, rope_table, out, k_pool, v_pool, *index, *map(np.int32, sizes))
-    _launch("rope_append", (num_rows,), 128, args, q.dtype)
+    scales = [] if kv_scales is None else [kv_scales]
+    batch = (index.q_indptr, index.seq_lens, index.page_indptr, index.page_indices)
+    sizes = (index.seq_lens.size, num_heads, num_kv_heads, head_dim, num_blocks, _shift(block_size))
+    args = (q, k, v, rope_table, out, k_pool, v_pool, *scales, *batch, *map(np.int32, sizes))
+    _launch("rope_append", (num_rows,), 128, args, q.dtype, **_CODE_DEFINES.get(k_pool.dtype.name, {}))
     return out
+
+
+def copy_blocks(pool: Array, sources: Array, targets: Array) -> None:
+    """Copy blocks within a pool [num_layers, num_kv_heads, num_blocks, ...] of all layers and heads, in place."""
+    layers, heads, num_blocks = pool.shape[:3]
+    pool = pool.view(np.uint32)
+    words = math.prod(pool.shape[3:])
+    index = [_device_array(a, np.int32) for a in (sources, targets)]
+    args = (pool, *index, np.int32(num_blocks), np.int32(words))
+    _launch("copy_blocks", (len(sources), layers * heads), _threads(words, 256), args)
 
 
 def paged_attention(
     q: Array,
     k_pool: Array,
     v_pool: Array,
-    q_indptr: Array,
-    seq_lens: Array,
-    page_indptr: Array,
-    page_indices: Array,
+    kv_scales: Array | None,
+    index: Index,
     scale: float,
     sliding_window: int | None = None,
 ) -> Array:
     """Causal attention of every row over its own sequence, K and V read through the page table.
 
-    q [T, num_heads, head_dim] -> out of the same shape; pools [num_kv_heads, num_blocks, block_size, head_dim]; head_dim 64 or
-    128, block_size a power of two. A row with nothing to attend to gives 0.
+    q [T, num_heads, head_dim] -> out of the same shape; pools and kv_scales as for `rope_append`; head_dim 64 or 128,
+    block_size a power of two up to 256. A row with nothing to attend to gives 0. One launch, from a plan that `index` keeps.
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, num_blocks, block_size, _ = k_pool.shape
-    if head_dim not in (64, 128):
-        raise InvalidArgument(f"head_dim is {head_dim}; the CUDA kernels know 64 and 128")
-    group_size = num_heads // num_kv_heads
-    tiles = -(-group_size // _MAX_HEADS)
-    heads = -(-group_size // tiles)
-    out = empty(q.shape, q.dtype)
-    index = [_device_array(a, np.int32) for a in (q_indptr, seq_lens, page_indptr, page_indices)]
-    window = 2**30 if sliding_window is None else min(sliding_window, 2**30)  # position - window must not overflow
-    sizes = (seq_lens.size, group_size, num_blocks, _shift(block_size), window)
-    args = (q, k_pool, v_pool, out, *index, *map(np.int32, sizes), np.float32(scale))
-    _launch("paged_attention", (num_rows, num_kv_heads, tiles), 128, args, q.dtype, HEAD_DIM=head_dim, HEADS=heads)
-    return out
+    plan = index.plan(q, k_pool, sliding_window)
+    return attention.run(plan, q, k_pool, v_pool, scale, out=empty(q.shape, q.dtype), kv_scales=kv_scales)
 
 
 def penalise(
@@ -318,11 +388,11 @@ def penalise(
     _launch("penalise", (num_rows,), 128, (logits, *seen, *penalties, np.int32(vocab)))
 
 
-def forbid(logits: Array, indptr: Array, token_ids: Array) -> None:
-    """Set logits[b, t] to -inf for the tokens t of token_ids[indptr[b] : indptr[b+1]], in place."""
+def bias(logits: Array, indptr: Array, token_ids: Array, values: Array) -> None:
+    """Add values[i] to logits[b, token_ids[i]] for the i from indptr[b] to indptr[b+1], in place; -inf forbids a token."""
     num_rows, vocab = logits.shape
-    args = (logits, _device_array(indptr, np.int32), _device_array(token_ids, np.int32), np.int32(vocab))
-    _launch("forbid", (num_rows,), 128, args)
+    index = [_device_array(a, np.int32) for a in (indptr, token_ids)]
+    _launch("bias", (num_rows,), 128, (logits, *index, _device_array(values, np.float32), np.int32(vocab)))
 
 
 def sample(
@@ -342,6 +412,32 @@ def sample(
     columns = (temperature, top_k, top_p, min_p, seed, candidate, position)
     args = [_device_array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
     _launch("sample", (num_rows,), _threads(-(-vocab // 4), 1024), (logits, *args, out, np.int32(vocab)))
+    return out
+
+
+def largest(logits: Array, count: int) -> Array:
+    """Ids int32 [R, count] of the largest of float32 logits [R, vocab], as `ops.numpy` says; a pass over the row for each."""
+    num_rows, vocab = logits.shape
+    out = empty((num_rows, count), "int32")
+    if count:
+        _launch("largest", (num_rows,), _threads(vocab, 1024), (logits, out, np.int32(vocab), np.int32(count)))
+    return out
+
+
+def ranks(logits: Array, token_ids: Array) -> Array:
+    """1 + how many of float32 logits [R, vocab] are larger than that of the row's token [R] -> int32 [R]."""
+    num_rows, vocab = logits.shape
+    out = empty((num_rows,), "int32")
+    _launch("ranks", (num_rows,), _threads(vocab, 1024), (logits, _device_array(token_ids, np.int32), out, np.int32(vocab)))
+    return out
+
+
+def logprobs(logits: Array, token_ids: Array) -> Array:
+    """log(softmax(logits)) of float32 logits [R, vocab] at token_ids [R, n] -> float32 [R, n]."""
+    num_rows, vocab = logits.shape
+    out = empty(token_ids.shape, "float32")
+    args = (logits, _device_array(token_ids, np.int32), out, np.int32(vocab), np.int32(token_ids.shape[1]))
+    _launch("logprobs", (num_rows,), _threads(vocab, 1024), args)
     return out
 
 

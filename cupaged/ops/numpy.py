@@ -2,30 +2,50 @@
 
 Arrays are float32 unless a docstring says otherwise; ids, lengths and positions are int32. `T` is the number of
 query rows of a step (the new tokens of all sequences, concatenated), `B` the number of sequences. A batch is
-described by four arrays shared by all operations:
+described by an `Index` of four arrays, made once a step and shared by all operations and layers:
 
     q_indptr     [B+1]  rows q_indptr[b] .. q_indptr[b+1] belong to sequence b
     seq_lens     [B]    tokens of sequence b whose K/V are in the pool once this step's are appended
     page_indptr  [B+1]  its page table is page_indices[page_indptr[b] : page_indptr[b+1]]
     page_indices [nnz]  physical block ids in logical order
 
-Row r of a sequence with n rows sits at position `seq_len - n + r`. A pool view of one layer is
-`[num_kv_heads, num_blocks, block_size, head_dim]`.
+Row r of a sequence with n rows sits at position `seq_len - n + r`.
+
+A pool view of one layer is `[num_kv_heads, num_blocks, block_size, head_dim]`, of K and V alike, and its dtype says how they
+are kept there:
+
+    int8     code * scale, with a scale for each token and head: kv_scales float16 [num_kv_heads, num_blocks, block_size, 2],
+             for K and V. `rope_append` writes the least float16 that is no less than (largest magnitude in the head) / 127, and
+             x / scale rounded to the nearest, ties to even
+    uint8    "fp8": the bits of a float8_e4m3 (Micikevicius et al. 2022, section 3), times a scale for each head: kv_scales
+             float32 [num_kv_heads, 2], which `rope_append` only reads; more than 448 * scale is kept as that
+    another  the value itself, rounded to this type; kv_scales is None
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import psutil
 
 DTYPES = ("float32",)
+KV_DTYPES = ("bfloat16", "float16", "fp8", "int8")  # of a pool, beside that of the activations
 _QUERY_TILE = 128  # query rows whose scores are in memory at once
+_FP8 = ml_dtypes.float8_e4m3fn
+_FP8_MAX = 448
+_FLOAT16_MAX = 65504
 
 
 def device(index: int = 0) -> contextlib.AbstractContextManager:
     """Context in which the operations run; on the CPU there is nothing to enter."""
+    return contextlib.nullcontext()
+
+
+def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int) -> contextlib.AbstractContextManager:
+    """Context beside whose body a model's operations are compiled; here there is nothing to compile."""
     return contextlib.nullcontext()
 
 
@@ -38,6 +58,11 @@ def free_memory() -> tuple[int, int]:
 def upload(array: np.ndarray, dtype: str | None = None) -> np.ndarray:
     """The host array as a device array, converted to `dtype` if one is given; shares memory where nothing changes."""
     return np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype))
+
+
+def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A device array of `dtype` filled with a host array's elements, over and over."""
+    return np.resize(pattern.astype(dtype), shape)
 
 
 def download(array: np.ndarray) -> np.ndarray:
@@ -77,6 +102,21 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(-gate)) * up
 
 
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The batch of one step, as the module's docstring says."""
+
+    q_indptr: np.ndarray
+    seq_lens: np.ndarray
+    page_indptr: np.ndarray
+    page_indices: np.ndarray
+
+
+def index(q_indptr: np.ndarray, seq_lens: np.ndarray, page_indptr: np.ndarray, page_indices: np.ndarray) -> Index:
+    """What `rope_append` and `paged_attention` take to know a batch by, from host arrays of int32."""
+    return Index(q_indptr, seq_lens, page_indptr, page_indices)
+
+
 def rope_append(
     q: np.ndarray,
     k: np.ndarray,
@@ -84,24 +124,28 @@ def rope_append(
     rope_table: np.ndarray,
     k_pool: np.ndarray,
     v_pool: np.ndarray,
-    q_indptr: np.ndarray,
-    seq_lens: np.ndarray,
-    page_indptr: np.ndarray,
-    page_indices: np.ndarray,
+    kv_scales: np.ndarray | None,
+    index: Index,
 ) -> np.ndarray:
     """Rotate q and k by their positions, append k and v to the pool, return the rotated q.
 
     q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32, cosines in
-    the first half of a row and sines in the second; pools of one layer, written at the rows' slots. Element i is
-    paired with i + head_dim / 2 (Su et al. 2021, in the layout of Hugging Face checkpoints).
+    the first half of a row and sines in the second; pools (and int8's kv_scales) of one layer, written at the rows' slots.
+    Element i is paired with i + head_dim / 2 (Su et al. 2021, in the layout of Hugging Face checkpoints).
     """
+    q_indptr, seq_lens = index.q_indptr, index.seq_lens
     for b in range(len(seq_lens)):
         rows = slice(q_indptr[b], q_indptr[b + 1])
         position = np.arange(seq_lens[b] - (rows.stop - rows.start), seq_lens[b])
         block, slot = np.divmod(position, k_pool.shape[2])
-        page = page_indices[page_indptr[b] + block]
-        k_pool[:, page, slot] = _rotate(k[rows], rope_table[position]).swapaxes(0, 1)
-        v_pool[:, page, slot] = v[rows].swapaxes(0, 1)
+        page = index.page_indices[index.page_indptr[b] + block]
+        for which, (pool, x) in enumerate([(k_pool, _rotate(k[rows], rope_table[position])), (v_pool, v[rows])]):
+            x = x.swapaxes(0, 1)  # [num_kv_heads, rows, head_dim]
+            if pool.dtype == np.int8:
+                x, kv_scales[:, page, slot, which] = _to_int8(x)
+            elif pool.dtype == np.uint8:
+                x = _to_fp8(x, kv_scales[:, which, None, None])
+            pool[:, page, slot] = x
     position = np.concatenate(
         [np.arange(n - (hi - lo), n) for n, lo, hi in zip(seq_lens, q_indptr[:-1], q_indptr[1:], strict=True)]
     )
@@ -115,14 +159,43 @@ def _rotate(x: np.ndarray, rope_rows: np.ndarray) -> np.ndarray:
     return np.concatenate([lower * cos - upper * sin, upper * cos + lower * sin], axis=-1)
 
 
+def _to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codes int8 [..., head_dim] and scales float16 [...] of head vectors."""
+    exact = np.minimum(np.abs(x).max(axis=-1) / 127, _FLOAT16_MAX)
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
+    divisor = np.where(scale == 0, 1, scale.astype(x.dtype))  # then all of x is 0
+    return np.clip(np.rint(x / divisor[..., None]), -127, 127).astype(np.int8), scale
+
+
+def _to_fp8(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.clip(x / scale, -_FP8_MAX, _FP8_MAX).astype(_FP8).view(np.uint8)
+
+
+def _values(pages: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """What pages of a pool [num_kv_heads, pages, block_size, head_dim] hold; int8's scales are those of these pages."""
+    if pages.dtype == np.int8:
+        with np.errstate(invalid="ignore"):  # in slots that nobody has written
+            return pages.astype(dtype) * scales[..., None]
+    if pages.dtype == np.uint8:
+        return pages.view(_FP8).astype(dtype) * scales[:, None, None, None]
+    return pages.astype(dtype, copy=False)
+
+
+def copy_blocks(pool: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+    """Copy blocks within a pool [num_layers, num_kv_heads, num_blocks, ...] of all layers and heads, in place.
+
+    sources, targets int32 [n]; the targets are distinct and none of them is a source. A block's bytes are a multiple of 4.
+    """
+    pool[:, :, targets] = pool[:, :, sources]
+
+
 def paged_attention(
     q: np.ndarray,
     k_pool: np.ndarray,
     v_pool: np.ndarray,
-    q_indptr: np.ndarray,
-    seq_lens: np.ndarray,
-    page_indptr: np.ndarray,
-    page_indices: np.ndarray,
+    kv_scales: np.ndarray | None,
+    index: Index,
     scale: float,
     sliding_window: int | None = None,
 ) -> np.ndarray:
@@ -135,13 +208,19 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, _, block_size, _ = k_pool.shape
     out = np.zeros_like(q)
-    for b, seq_len in enumerate(seq_lens):
-        first, last = q_indptr[b], q_indptr[b + 1]
-        pages = page_indices[page_indptr[b] : page_indptr[b] + -(-seq_len // block_size)]
+    for b, seq_len in enumerate(index.seq_lens):
+        first, last = index.q_indptr[b], index.q_indptr[b + 1]
+        pages = index.page_indices[index.page_indptr[b] : index.page_indptr[b] + -(-seq_len // block_size)]
         if len(pages) > 0 and np.array_equal(pages, np.arange(pages[0], pages[0] + len(pages))):
             pages = slice(pages[0], pages[0] + len(pages))  # a view, where indexing by a list would copy
-        k = k_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
-        v = v_pool[:, pages].reshape(num_kv_heads, -1, head_dim)
+        scales = (None, None)
+        if kv_scales is not None:
+            of_pages = kv_scales[:, pages] if k_pool.dtype == np.int8 else kv_scales
+            scales = (of_pages[..., 0], of_pages[..., 1])
+        k, v = (
+            _values(pool[:, pages], of, q.dtype).reshape(num_kv_heads, -1, head_dim)
+            for pool, of in zip((k_pool, v_pool), scales, strict=True)
+        )
         for row in range(first, last, _QUERY_TILE):
             rows = slice(row, min(row + _QUERY_TILE, last))
             n = rows.stop - rows.start
@@ -189,10 +268,14 @@ def penalise(
         logits[b, ids] = value - np.where(counts > 0, presence_penalty[b] + counts * frequency_penalty[b], 0)
 
 
-def forbid(logits: np.ndarray, indptr: np.ndarray, token_ids: np.ndarray) -> None:
-    """Set logits[b, t] to -inf for the tokens t of token_ids[indptr[b] : indptr[b+1]], in place."""
+def bias(logits: np.ndarray, indptr: np.ndarray, token_ids: np.ndarray, values: np.ndarray) -> None:
+    """Add values[i] to logits[b, token_ids[i]] for the i from indptr[b] to indptr[b+1], in place; -inf forbids a token.
+
+    The ids of a row are distinct; values are float32.
+    """
     for b in range(len(logits)):
-        logits[b, token_ids[indptr[b] : indptr[b + 1]]] = -np.inf
+        mine = slice(indptr[b], indptr[b + 1])
+        logits[b, token_ids[mine]] += values[mine]
 
 
 def sample(
@@ -240,6 +323,29 @@ def sample(
         uniform = (np.float32(word >> 9) + np.float32(0.5)) * np.float32(2**-23)
         tokens[b] = kept[np.argmax(scaled[kept] - np.log(-np.log(uniform)))]
     return tokens
+
+
+def largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """The tokens of the `count` largest logits [R, vocab] of each row, largest first, the lowest id among equals: int32."""
+    ids = np.empty((len(logits), count), np.int32)
+    for row, best in zip(logits, ids, strict=True):
+        if count:
+            found = np.flatnonzero(row >= np.partition(row, -count)[-count])
+            best[:] = found[np.argsort(-row[found], kind="stable")[:count]]
+    return ids
+
+
+def ranks(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """1 + how many logits of row r are larger than that of its token: int32 [R] for logits [R, vocab], token_ids int32 [R]."""
+    own = logits[np.arange(len(logits)), token_ids]
+    return 1 + np.count_nonzero(logits > own[:, None], axis=1).astype(np.int32)
+
+
+def logprobs(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """log(softmax(logits)), natural, of each row's tokens: float32 [R, n] for logits [R, vocab], token_ids int32 [R, n]."""
+    top = logits.max(axis=1, keepdims=True)
+    total = np.exp(logits - top).sum(axis=1, keepdims=True)
+    return np.take_along_axis(logits, token_ids, axis=1) - top - np.log(total)
 
 
 def _philox(seed: np.uint64, counter0: np.ndarray, counter1: int, counter2: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """`cupaged.ops.cuda` without a GPU: its host code over guarded NumPy arrays, its kernels emulated."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cupaged import attention
 from cupaged.cuda import jit
 from cupaged.ops import cuda
 
@@ -26,14 +26,16 @@ def ops(monkeypatch):
     memory = GuardedMemory()
 
     def kernel(source, name, **defines):
-        return functools.partial(launch, emulator.emulate(source, name, **defines))
-
-    def launch(kernel, grid, block, args, shared_mem=0):
-        kernel(grid, block, args, shared_mem)
-        memory.check()
+        kernel = emulator.emulate(source, name, **defines)
+        kernel.after_launch = memory.check
+        return kernel
 
     monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(jit, "import_cupy", lambda: memory)
     monkeypatch.setattr(cuda, "cupy", memory)
+    monkeypatch.setattr(attention, "grids_of_device", lambda *types: (attention.Grid(num_ctas=7), None))
+    monkeypatch.setattr(attention.kernel, "_shared_memory_per_sm", lambda device: 100 << 10)
+    monkeypatch.setattr(attention.kernel, "_workspaces", {})
     monkeypatch.setattr(cuda, "_gemm", gemm)
     return cuda
 

@@ -15,27 +15,40 @@ ALIGNMENT = 512  # as in CuPy
 POISON = 0xFF  # a NaN in every float type, -1 in every integer
 
 
+class DeviceArray(np.ndarray):
+    """A NumPy array with address and device where CuPy has them: `array.data.ptr`, `array.device.id`."""
+
+    device = SimpleNamespace(id=0)
+
+    @property
+    def data(self) -> SimpleNamespace:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
 class GuardedMemory:
     """The functions of the module `cupy` that ops/cuda.py uses, and `check`."""
 
+    ndarray = DeviceArray
+
     def __init__(self) -> None:
-        self.cuda = SimpleNamespace(Device=lambda index: contextlib.nullcontext())
+        runtime = SimpleNamespace(getDevice=lambda: 0)
+        self.cuda = SimpleNamespace(Device=lambda index: contextlib.nullcontext(), runtime=runtime)
         self._guards: list[np.ndarray] = []
 
-    def empty(self, shape: tuple[int, ...], dtype: object) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: object) -> DeviceArray:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         memory = np.full(size + 2 * GUARD + ALIGNMENT, POISON, np.uint8)
         start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
         self._guards += [memory[:start], memory[start + size :]]
-        return memory[start : start + size].view(dtype).reshape(shape)
+        return memory[start : start + size].view(dtype).reshape(shape).view(DeviceArray)
 
-    def asarray(self, array: np.ndarray, dtype: object = None) -> np.ndarray:
+    def asarray(self, array: np.ndarray, dtype: object = None) -> DeviceArray:
         out = self.empty(array.shape, array.dtype if dtype is None else dtype)
         out[...] = array
         return out
 
     def asnumpy(self, array: np.ndarray) -> np.ndarray:
-        return array.copy()
+        return np.array(array)
 
     def check(self) -> None:
         """Raise EmulationError if anything was written outside of the arrays."""

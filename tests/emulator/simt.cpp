@@ -2,18 +2,14 @@
 //
 // Every thread is a fiber. One warp runs as far ahead as the barriers let it, its lanes in a random order, so whatever a
 // missing barrier would have protected is read too early. Shared memory starts as 0xff (a NaN in every float type, -1 in
-// every integer) between two guard zones. An asynchronous copy lands when it is issued, at any later moment, or not before
-// it is waited for. Blocks begin in a random order, a bounded number of them resident at a time. A fault, a deadlock or a
-// write into a guard zone ends the launch with a sentence.
-#include "simt.h"
+// every integer) between two guard zones. What is asynchronous happens when it is issued, at any later moment, or not before
+// it is waited for (memory.cpp, wgmma.cpp). Blocks begin in a random order, a bounded number of them resident at a time. A
+// fault, a deadlock or a write into a guard zone ends the launch with a sentence.
+#include "fiber.h"
 
 #include <algorithm>
-#include <csetjmp>
 #include <csignal>
-#include <deque>
-#include <memory>
 #include <ucontext.h>
-#include <vector>
 
 namespace simt {
 
@@ -23,47 +19,7 @@ constexpr unsigned max_resident_blocks = 64;
 constexpr unsigned max_resident_threads = 4096;
 constexpr long livelock = 5'000'000;  // threads resumed since one last met others or ended
 constexpr unsigned char poison = 0xff;
-
-// Where threads wait for one another. `generation` counts the meetings that are over.
-struct Rendezvous {
-  unsigned arrived = 0;
-  unsigned generation = 0;
-  int kind = 0;
-};
-
-// Two sets of boxes suffice: nobody posts for the next meeting but one before all have come to the next.
-struct Warp {
-  Rendezvous meeting;
-  alignas(16) unsigned char boxes[2][warp_size][box_bytes];
-};
-
-struct Block {
-  unsigned alive;  // threads that have not ended
-  Rendezvous barrier;
-  std::vector<Warp> warps;
-  std::vector<unsigned char> storage;
-  unsigned char* shared;  // inside `storage`, between its guard zones
-};
-
-struct Copy {
-  void* target;
-  const void* source;
-  size_t bytes;
-  unsigned group;
-};
-
-struct Fiber : Thread {
-  Block* block;
-  bool done;
-  const Rendezvous* waiting;  // for its generation to change from `generation`
-  unsigned generation;
-  std::vector<Copy> copies;  // issued, not yet landed
-  unsigned open_group;
-  std::jmp_buf context;
-  std::unique_ptr<char[]> stack;
-
-  bool ready() const { return !done && (!waiting || waiting->generation != generation); }
-};
+constexpr size_t shared_alignment = 1024;
 
 Thread* me;
 uint3 block_dim, grid_dim;
@@ -76,9 +32,7 @@ static const char* failure;
 static long idle;
 static unsigned random_state;
 
-static Fiber& current() { return *static_cast<Fiber*>(me); }
-
-static unsigned random() {  // xorshift32 (Marsaglia 2003)
+unsigned random() {  // xorshift32 (Marsaglia 2003)
   random_state ^= random_state << 13;
   random_state ^= random_state >> 17;
   random_state ^= random_state << 5;
@@ -87,43 +41,9 @@ static unsigned random() {  // xorshift32 (Marsaglia 2003)
 
 bool one_in(unsigned n) { return random() % n == 0; }
 
-// Ends the launch, from inside a thread: back to where the scheduler resumed it.
-[[noreturn]] static void fail(const char* why) {
+[[noreturn]] void fail(const char* why) {
   failure = why;
   _longjmp(scheduler, 1);
-}
-
-// ---- asynchronous copies ----------------------------------------------------------------------------------------
-static void land(const Copy& copy) { memcpy(copy.target, copy.source, copy.bytes); }
-
-template <class Predicate>
-static void land_if(Predicate chosen) {
-  auto& copies = current().copies;
-  for (size_t i = 0; i < copies.size();) {
-    if (chosen(copies[i])) {
-      land(copies[i]);
-      copies[i] = copies.back();
-      copies.pop_back();
-    } else {
-      i++;
-    }
-  }
-}
-
-void copy_async(void* target, const void* source, size_t bytes) {
-  Copy copy = {target, source, bytes, current().open_group};
-  if (one_in(4)) {
-    land(copy);
-  } else {
-    current().copies.push_back(copy);
-  }
-}
-
-void commit_copies() { current().open_group++; }
-
-void wait_copies(unsigned pending) {
-  unsigned open = current().open_group;
-  land_if([=](const Copy& copy) { return copy.group + pending < open; });
 }
 
 // ---- waiting ----------------------------------------------------------------------------------------------------
@@ -132,28 +52,50 @@ __attribute__((noinline)) static void pause() {
 }
 
 void yield() {
-  land_if([](const Copy&) { return one_in(8); });
+  land_some_copies();
   pause();
 }
 
-static void release(Rendezvous& rendezvous) {
+void progress() { idle = 0; }
+
+void wait_while(const unsigned& counter, unsigned unwanted, unsigned mask) {
+  current().watched = &counter;
+  current().unwanted = unwanted;
+  current().mask = mask;
+  yield();
+  current().watched = nullptr;
+}
+
+// Lets those who wait go on. What any of them knew of the block's stores for others, they now all know.
+static void release(Block& block, Rendezvous& rendezvous) {
+  if (!block.held.empty()) {
+    for (unsigned t = 0; t < block_dim.x; t++) {
+      if (block.threads[t]->watched == &rendezvous.generation) learn(block.threads[t]->known, rendezvous.known);
+    }
+  }
+  rendezvous.known.clear();
   rendezvous.arrived = 0;
   rendezvous.generation++;
 }
 
-// Waits until `expected` threads have come, all for the same kind of meeting.
-static void meet(Rendezvous& rendezvous, unsigned expected, int kind) {
+// Counts this thread at a meeting of one kind; whether it was the last of `expected`. A negative kind orders no memory.
+static bool arrive(Rendezvous& rendezvous, unsigned expected, int kind) {
+  Block& block = *current().block;
   if (rendezvous.arrived == 0) rendezvous.kind = kind;
   if (rendezvous.kind != kind) fail("divergence: threads that must meet are at different barriers or warp instructions");
-  idle = 0;
-  if (++rendezvous.arrived == expected) {
-    release(rendezvous);
-    return;
-  }
-  current().waiting = &rendezvous;
-  current().generation = rendezvous.generation;
-  yield();
-  current().waiting = nullptr;
+  progress();
+  if (!block.held.empty() && kind >= 0) learn(rendezvous.known, current().known);
+  if (++rendezvous.arrived != expected) return false;
+  release(block, rendezvous);
+  return true;
+}
+
+static void meet(Rendezvous& rendezvous, unsigned expected, int kind) {
+  const unsigned generation = rendezvous.generation;
+  current().watched = &rendezvous.generation;  // for `release`, in case that it is the last
+  const bool last = arrive(rendezvous, expected, kind);
+  current().watched = nullptr;
+  if (!last) wait_while(rendezvous.generation, generation, ~0u);
 }
 
 static void meet_warp(unsigned mask, int kind) {
@@ -165,11 +107,19 @@ void sync_warp(unsigned mask) { meet_warp(mask, 0); }
 
 void sync_block(int line) { meet(current().block->barrier, current().block->alive, line); }
 
+static Rendezvous& named(int id, int threads) {
+  if (id < 1 || id > 15) fail("a named barrier is 1 to 15");
+  if (threads < 1 || threads % warp_size || unsigned(threads) > block_dim.x) fail("a named barrier is for whole warps");
+  return current().block->named[id];
+}
+void sync_named(int id, int threads) { meet(named(id, threads), threads, threads); }
+void arrive_named(int id, int threads) { arrive(named(id, threads), threads, threads); }
+
 const unsigned char* post(const void* value, size_t bytes, unsigned mask) {
   Warp& warp = current().block->warps[me->index.x / warp_size];
   auto& boxes = warp.boxes[warp.meeting.generation % 2];
   memcpy(boxes[lane()], value, bytes);
-  meet_warp(mask, int(bytes));
+  meet_warp(mask, -int(bytes));
   return boxes[0];
 }
 
@@ -182,7 +132,7 @@ static void live() {
     current().done = true;
     idle = 0;
     block.alive--;
-    if (block.alive && block.barrier.arrived == block.alive) release(block.barrier);  // the ended count as arrived
+    if (block.alive && block.barrier.arrived == block.alive) release(block, block.barrier);  // the ended count as arrived
     pause();
   }
 }
@@ -200,6 +150,17 @@ __attribute__((noinline)) static void resume(Fiber& fiber) {
   start.uc_link = nullptr;
   makecontext(&start, live, 0);
   setcontext(&start);
+}
+
+// Lets one event happen, if there is any.
+__attribute__((noinline)) static bool run_event() {
+  if (events.empty()) return false;
+  size_t which = random() % events.size();
+  auto happen = std::move(events[which].happen);
+  if (which + 1 < events.size()) events[which] = std::move(events.back());
+  events.pop_back();
+  if (!_setjmp(scheduler)) happen();
+  return true;
 }
 
 // Runs one warp, lanes in random order, until all of its lanes wait for other warps (or, now and then, not so far).
@@ -223,12 +184,17 @@ static void begin_block(Block& block, Fiber* threads[], unsigned long number, si
   unsigned long row = number / grid_dim.x;
   uint3 index = {unsigned(number % grid_dim.x), unsigned(row % grid_dim.y), unsigned(row / grid_dim.y)};
   block.alive = block_dim.x;
+  block.threads = threads;
   block.barrier = {};
+  std::fill(std::begin(block.named), std::end(block.named), Rendezvous());
   block.warps.assign(block_dim.x / warp_size, {});
-  block.storage.assign(shared_bytes + 2 * guard_bytes + 128, poison);
+  block.warpgroups.assign(block_dim.x / warp_size / 4, {});
+  block.storage.assign(shared_bytes + 2 * guard_bytes + shared_alignment, poison);
   void* start = block.storage.data() + guard_bytes;
-  size_t room = shared_bytes + 128;
-  block.shared = static_cast<unsigned char*>(std::align(128, shared_bytes, start, room));
+  size_t room = shared_bytes + shared_alignment;
+  block.shared = static_cast<unsigned char*>(std::align(shared_alignment, shared_bytes, start, room));
+  block.shared_bytes = shared_bytes;
+  begin_block_memory(block);
   for (unsigned t = 0; t < block_dim.x; t++) {
     Fiber& fiber = *threads[t];
     fiber.index = {t, 0, 0};
@@ -236,17 +202,40 @@ static void begin_block(Block& block, Fiber* threads[], unsigned long number, si
     fiber.shared = block.shared;
     fiber.block = &block;
     fiber.done = false;
-    fiber.waiting = nullptr;
+    fiber.watched = nullptr;
     fiber.copies.clear();
-    fiber.open_group = 0;
+    fiber.open_group = fiber.num_copies = fiber.num_fences = fiber.num_stores = fiber.num_products = 0;
+    fiber.known.clear();
+    fiber.product_groups.clear();
+    fiber.accumulators.clear();
+    fiber.registers_fenced = false;
   }
 }
 
-static bool guards_intact(const Block& block, size_t shared_bytes) {
+static bool guards_intact(const Block& block) {
   auto untouched = [](unsigned char byte) { return byte == poison; };
   const unsigned char *first = block.storage.data(), *shared = block.shared;
   return std::all_of(first, shared, untouched) &&
-         std::all_of(shared + shared_bytes, first + block.storage.size(), untouched);
+         std::all_of(shared + block.shared_bytes, first + block.storage.size(), untouched);
+}
+
+// Who waits: how many threads at mbarriers, and which is the first of these.
+static const char* describe_deadlock(const std::vector<Fiber*>& all) {
+  static char text[200];
+  unsigned waiting = 0, at_mbarriers = 0;
+  char first[80] = "";
+  for (const Fiber* fiber : all) {
+    if (fiber->done) continue;
+    waiting++;
+    for (const auto& [place, barrier] : fiber->block->mbarriers) {
+      if (fiber->watched != &barrier.generation) continue;
+      if (at_mbarriers++) continue;
+      sprintf(first, ", thread %u of block %u for parity %u of the one at byte %zu", fiber->index.x, fiber->block_index.x,
+              fiber->unwanted & 1, place);
+    }
+  }
+  sprintf(text, "deadlock: every thread waits for another, %u of %u at an mbarrier%s", at_mbarriers, waiting, first);
+  return text;
 }
 
 static const char* run_grid(size_t shared_bytes) {
@@ -269,15 +258,19 @@ static const char* run_grid(size_t shared_bytes) {
   while (ended < total) {
     unsigned first = random() % warps, tried = 0;
     while (tried < warps && !run_warp(&all[(first + tried) % warps * warp_size])) tried++;
+    bool happened = (tried == warps || one_in(4)) && run_event();
     if (failure) return failure;
-    if (tried == warps) return "deadlock: every thread waits for another";
+    if (tried == warps && happened) continue;
+    if (tried == warps) return describe_deadlock(all);
     if (idle > livelock) return "livelock: threads poll for what never comes";
     unsigned b = (first + tried) % warps * warp_size / threads;
     if (blocks[b].alive) continue;
-    if (!guards_intact(blocks[b], shared_bytes)) return "a write outside the shared memory of the block";
+    if (const char* undone = end_block_memory(blocks[b])) return undone;
+    if (!guards_intact(blocks[b])) return "a write outside the shared memory of the block";
     ended++;
     if (begun < total) begin_block(blocks[b], &all[b * threads], order[begun++], shared_bytes);
   }
+  land_outlived();
   return nullptr;
 }
 
@@ -321,6 +314,8 @@ const char* launch(void (*kernel)(void* const*), void* const* args, const unsign
   random_state = seed * 2654435761u | 1;
   idle = 0;
   failure = nullptr;
+  events.clear();
+  outlived.clear();
   const char* what = run_grid(shared_bytes);
   if (what) fibers.clear();  // they stopped in the middle
   return what;

@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(8) int2 { int x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
@@ -51,11 +52,53 @@ void yield();
 
 void sync_warp(unsigned mask);
 void sync_block(int line);
+void sync_named(int id, int threads);
+void arrive_named(int id, int threads);
 
 // cp.async: the source is read and the target written at one moment between now and the wait.
 void copy_async(void* target, const void* source, size_t bytes);
 void commit_copies();
 void wait_copies(unsigned pending);  // until at most the latest `pending` committed groups have not landed
+
+// A place in the block's shared memory, in bytes.
+size_t shared_place(const void* address);
+
+// mbarriers, as in PTX; `mbarrier_arrive_after_copies` is cp.async's arrive.noinc.
+void mbarrier_init(unsigned long long* barrier, unsigned count);
+void fence_mbarrier_init();
+void mbarrier_arrive(unsigned long long* barrier, unsigned expected_bytes);
+void mbarrier_arrive_after_copies(unsigned long long* barrier);
+void mbarrier_wait(const unsigned long long* barrier, unsigned parity);
+
+// The copy engine: lands as cp.async does, waited for or not, and then counts at an mbarrier.
+struct HostTensorMap {  // the innermost dimension first
+  const unsigned char* base;
+  size_t element_bytes, swizzled;
+  long long sizes[4], strides[4];  // of the array, in elements and bytes; 1 and 0 where it has fewer dimensions
+  size_t box[4];
+};
+void copy_bulk(void* target, const void* source, size_t bytes, unsigned long long* barrier);
+void copy_box(void* target, const HostTensorMap& map, const int (&at)[4], unsigned long long* barrier);
+
+// wgmma sees what a thread's cp.async and noted stores have written once that thread has fenced, and not before.
+void note_store(const void* target, size_t bytes);
+void fence_proxy_async();
+
+// d [64, n] (+)= a [64, 16] b [16, n], both by descriptor and K-major; or a from registers, and b MN-major.
+struct Product {
+  unsigned n;
+  bool f16, a_in_registers, accumulate;
+  unsigned long long a, b;
+};
+void wgmma(const Product& product, float* d, const unsigned* a);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(unsigned pending);
+
+// A store that other blocks see at once, or not before a release by a thread that it comes before; at the launch's end all do.
+void store_late(void* target, const void* value, size_t bytes);
+void see_own_stores(const void* address, size_t bytes);
+void release_stores();
 
 // Every lane posts a value and all meet; returns the 32 boxes, which hold until the lane's next meeting.
 const unsigned char* post(const void* value, size_t bytes, unsigned mask);
@@ -120,7 +163,7 @@ struct Entry<Kernel> {
 #define __syncthreads() simt::sync_block(__LINE__)
 
 inline void __syncwarp(unsigned mask = simt::full_mask) { simt::sync_warp(mask); }
-inline void __threadfence() {}
+inline void __threadfence() { simt::release_stores(); }
 inline void __threadfence_block() {}
 
 template <class T>

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from .emulator import EmulationError, compile_kernel
+from .emulator import EmulationError, compile_kernel, compile_with_ptx
 from .guarded_memory import GuardedMemory
 
 THREADS = 128
@@ -202,3 +202,122 @@ def test_an_argument_of_another_type_is_an_error(args, message):
 def test_a_launch_that_no_gpu_takes_is_an_error(shape):
     with pytest.raises(EmulationError):
         run("", np.zeros(1, np.int32), **shape)
+
+
+def test_a_kernel_gets_the_shared_memory_that_it_asks_for():
+    text = """#include "simt.h"
+    extern "C" __global__ void k(int* out, int words) {
+      int* s = (int*)simt::shared_memory();
+      for (int i = threadIdx.x; i < words; i += 128) s[i] = i;
+      __syncthreads();
+      if (threadIdx.x == 0) out[0] = s[words - 1];
+    }"""
+    out = np.zeros(1, np.int32)
+    kernel = compile_kernel(text, "k")
+    size = 227 << 10
+    assert kernel.max_dynamic_shared_size_bytes == 48 << 10
+    kernel.max_dynamic_shared_size_bytes = size
+    kernel((1,), (THREADS,), (out, np.int32(size // 4)), size)
+    assert out[0] == size // 4 - 1
+    with pytest.raises(EmulationError, match="bytes of shared memory"):
+        kernel((1,), (THREADS,), (out, np.int32(1)), size + 1)
+    kernel.max_dynamic_shared_size_bytes = size + 1
+    with pytest.raises(EmulationError, match="bytes of shared memory"):
+        kernel((1,), (THREADS,), (out, np.int32(1)), size)
+
+
+def test_a_struct_goes_by_value():
+    text = """#include "simt.h"
+    struct Params { const float* x; double* out; long long offset; int n; float scale; };
+    extern "C" __global__ void k(const __grid_constant__ Params params, int extra) {
+      int i = threadIdx.x;
+      if (i < params.n) params.out[i] = params.scale * params.x[params.offset + i] + extra;
+    }"""
+    layout = np.dtype([("x", "u8"), ("out", "u8"), ("offset", "i8"), ("n", "i4"), ("scale", "f4")])
+    memory = GuardedMemory()
+    x, out = memory.asarray(np.arange(50, dtype=np.float32)), memory.empty((32,), "float64")
+    params = np.zeros((), layout)
+    params["x"], params["out"], params["offset"], params["n"], params["scale"] = x.data.ptr, out.data.ptr, 20, 30, 0.5
+    kernel = compile_kernel(text, "k")
+    kernel((1,), (32,), (params, np.int32(7)))
+    assert out[:30].tolist() == [0.5 * (20 + i) + 7 for i in range(30)]
+    assert np.isnan(out[30:]).all()
+    memory.check()
+    for wrong in (np.zeros((), [("x", "u8", 4), ("y", "u1")]), np.zeros(1, layout), np.int64(0), np.zeros((), np.int64)):
+        with pytest.raises(EmulationError, match="argument 0"):
+            kernel((1,), (32,), (wrong, np.int32(7)))
+
+
+# ---- what one block leaves for another ----------------------------------------------------------------------------------
+# What comes between the stores of all threads and one thread's count, and whether that suffices.
+ORDERS = {
+    "__syncthreads(); COUNT(atom_add_acq_rel_gpu)": True,
+    "named_barrier_sync(1, 128); COUNT(atom_add_acq_rel_gpu)": True,
+    "mbarrier_arrive(barrier); mbarrier_wait_parity(barrier, 0); COUNT(atom_add_acq_rel_gpu)": True,
+    "__syncthreads(); fence_acq_rel_gpu(); COUNT(atom_add_relaxed_gpu)": True,
+    "__syncthreads(); __threadfence(); COUNT(atomicAdd)": True,
+    "fence_acq_rel_gpu(); __syncthreads(); COUNT(atom_add_relaxed_gpu)": True,  # each thread fences its own stores
+    "__syncthreads(); COUNT(atom_add_relaxed_gpu)": False,
+    "__syncthreads(); COUNT(atomicAdd)": False,
+    "COUNT(atom_add_acq_rel_gpu)": False,
+    "__syncwarp(); COUNT(atom_add_acq_rel_gpu)": False,
+    "__shfl_sync(~0u, 1, 1); COUNT(atom_add_acq_rel_gpu)": False,
+    "fence_acq_rel_gpu(); COUNT(atom_add_relaxed_gpu)": False,
+    "if (thread == 40) fence_acq_rel_gpu(); __syncthreads(); COUNT(atom_add_relaxed_gpu)": False,
+    "if (thread < 64) named_barrier_sync(1, 64); COUNT(atom_add_acq_rel_gpu)": False,
+    "if (thread < 64) named_barrier_arrive(1, 128); else named_barrier_sync(1, 128); COUNT(atom_add_acq_rel_gpu)": False,
+    "mbarrier_arrive(barrier); COUNT(atom_add_acq_rel_gpu)": False,
+}
+BETWEEN_BLOCKS = """
+#define COUNT(add) if (thread == 40) *counted = add(counter, 1);
+extern "C" __global__ void k(float* data, unsigned* counter, float* seen, int order, int last_reads) {
+  unsigned* counted = (unsigned*)shared_memory();
+  unsigned long long* barrier = (unsigned long long*)shared_memory() + 1;
+  int thread = threadIdx.x, own = blockIdx.x * 128, other = 128 - own;
+  if (thread == 0) mbarrier_init(barrier, 128);
+  __syncthreads();
+  if (last_reads || blockIdx.x == 0) {
+    store_for_others(&data[own + thread], own + thread + 1.0f);
+    ORDER
+  } else if (thread == 0) {
+    while (atom_add_acq_rel_gpu(counter, 0) == 0) simt::yield();
+  }
+  __syncthreads();
+  if (last_reads ? *counted == 1 : blockIdx.x == 1) seen[thread] = load_from_others(&data[other + 127 - thread]) - other;
+}
+"""
+
+
+@pytest.mark.parametrize("last_reads", [True, False], ids=["the last to count reads", "one block waits for the other"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_block_leaves_for_another_needs_a_barrier_and_a_release(order, last_reads):
+    orders = "".join(f"if (order == {i}) {{ {text} }}\n" for i, text in enumerate(ORDERS))
+    kernel = compile_with_ptx(BETWEEN_BLOCKS.replace("ORDER", orders), "k")
+
+    def all_is_seen():
+        data, seen = np.zeros(256, np.float32), np.zeros(THREADS, np.float32)
+        kernel(
+            (2,), (THREADS,), (data, np.zeros(1, np.uint32), seen, np.int32([*ORDERS].index(order)), np.int32(last_reads)), 64
+        )
+        if last_reads:
+            assert (data == 1 + np.arange(256)).all(), "at the launch's end everything is there"
+        return (seen == 128 - np.arange(THREADS)).all()
+
+    assert all(all_is_seen() for _ in range(20 if ORDERS[order] else 200)) == ORDERS[order]
+
+
+def test_a_store_for_others_is_seen_by_those_who_know_of_it():
+    """Its own thread, and its block after a barrier; and stores to one place keep their order."""
+    out = np.zeros((3, THREADS), np.float32)
+    body = """
+      int thread = threadIdx.x;
+      for (int i = 0; i < 5; i++) store_for_others(&out[thread], i + 1.0f);
+      out[128 + thread] = load_from_others(&out[thread]);
+      __syncthreads();
+      out[256 + thread] = load_from_others(&out[127 - thread]);
+    """
+    text = f'extern "C" __global__ void k(float* out) {{ {body} }}'
+    for _ in range(5):
+        out[:] = 0
+        compile_with_ptx(text, "k")((1,), (THREADS,), (out,))
+        assert (out == 5).all()

@@ -6,6 +6,8 @@ and the smallest effect of leaving out an option of a config.json is 3.3e-2. 16 
 below), so a greedy continuation must be equal only where the best logit leads by GREEDY_GAP all along.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import reference
@@ -21,6 +23,9 @@ LOGITS_LIMIT = {"bfloat16": 2e-2, "float16": 4e-3}  # ||logits - reference|| / |
 # The bfloat16 bounds were set after a first run had given 7.233 and a logit 0.254 away.
 LOGIT_SHIFT = {"bfloat16": 0.5, "float16": 0.05}  # absolute, at most
 PERPLEXITY_SHIFT = {"bfloat16": 0.04, "float16": 0.01}  # relative, at most
+# What a KV pool of 8 bits adds; the perplexities as tests/test_kv_dtype.py holds them on the CPU, and what float16 may add.
+KV_LOGITS_LIMIT = {"int8": 2e-2, "fp8": 6e-2}
+KV_PERPLEXITY_SHIFT = {"int8": 0.01, "fp8": 0.025}
 GREEDY_GAP = {"bfloat16": 0.5, "float16": 0.1}  # between the two best logits, along the whole continuation, at least
 
 
@@ -39,6 +44,25 @@ def test_logits_of_tiny_models(tmp_path, name, block_size, step_tokens, dtype):
         kv_memory="16MiB",
     )
     assert reference.tiny_logits_distance(llm, name) <= LOGITS_LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", LOGITS_LIMIT)
+@pytest.mark.parametrize("kv_dtype", KV_LOGITS_LIMIT)
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen3"])
+def test_logits_of_tiny_models_with_a_pool_of_8_bits(tmp_path, name, kv_dtype, dtype):
+    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+    llm = LLM(folder, device="cuda", dtype=dtype, kv_cache_dtype=kv_dtype, max_num_batched_tokens=33, kv_memory="16MiB")
+    assert reference.tiny_logits_distance(llm, name) <= LOGITS_LIMIT[dtype] + KV_LOGITS_LIMIT[kv_dtype]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_PERPLEXITY_SHIFT)
+def test_smollm2_perplexity_with_a_pool_of_8_bits(kv_dtype):
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")[:9000]
+    options = {"device": "cuda", "dtype": "float16", "max_model_len": 2560, "kv_memory": "300MB"}
+    exact, quantised = (
+        LLM(reference.smollm2_folder(), kv_cache_dtype=kv, **options).perplexity(text) for kv in ("auto", kv_dtype)
+    )
+    assert quantised == pytest.approx(exact, rel=KV_PERPLEXITY_SHIFT[kv_dtype])
 
 
 @pytest.fixture(scope="module", params=LOGIT_SHIFT)

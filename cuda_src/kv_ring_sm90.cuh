@@ -1,0 +1,138 @@
+// The rings of K and of V tiles in shared memory, through which the parts of a CTA flow one after another: what the producer
+// warpgroup copies from the pages, and what the consumers wait for and give back.
+//
+//                    full (copies have landed)            empty (all consumer warps are done)
+//   producer  --->  k[0] k[1] ... k[STAGES - 1]  --->  consumers  --->  producer
+//             --->  v[0] v[1] ... v[STAGES - 1]  --->
+//
+// Steps go from a part's last positions to its first: those that need masks come first, while there is nothing to overlap.
+// K and V of a step have barriers of their own, because a step's V is needed only after the next step's K.
+#pragma once
+#include "dtypes.cuh"
+#include "work_list.cuh"
+
+constexpr int WARPGROUP = 128;  // threads
+constexpr int CONSUMERS = 2;  // warpgroups
+constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
+constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
+
+// Rows of HEAD_DIM elements as wgmma takes them with the 128-byte swizzle: in atoms of 8 rows x 64 columns, 1024 bytes, where
+// piece p (8 elements) of row r lies at p XOR r. So do tensor copies leave them: all rows of a page by one copy.
+template <int ROWS>
+struct SwizzledRows {
+  scalar at[ROWS / 8][HEAD_DIM / 64][8][64];
+
+  __device__ __forceinline__ scalar* piece(int row, int number) {
+    return &at[row / 8][number / 8][row % 8][(number % 8 ^ row % 8) * 8];
+  }
+};
+using KvTile = SwizzledRows<STEP>;
+
+struct alignas(1024) KvRings {
+  KvTile k[STAGES], v[STAGES];
+  unsigned long long k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];  // mbarriers
+
+  // By one thread, before a barrier of the CTA.
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < STAGES; i++) {
+      mbarrier_init(&k_full[i], 1);
+      mbarrier_init(&v_full[i], 1);
+      mbarrier_init(&k_empty[i], CONSUMER_WARPS);
+      mbarrier_init(&v_empty[i], CONSUMER_WARPS);
+    }
+  }
+};
+
+// Whose turn it is in a ring: the stage, and the parity of its phase. Consumers wait for `parity` of full, the producer for the
+// other parity of empty.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A warp is done with a stage.
+__device__ __forceinline__ void release(unsigned long long* empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
+
+__device__ __forceinline__ int first_step(const Part& part) { return part.kv_start & -STEP; }
+__device__ __forceinline__ int last_step(const Part& part) {  // a part has at least one, if of no position
+  return max(part.kv_stop - 1, part.kv_start) & -STEP;
+}
+
+// All parts of this CTA, one after another. The plan may have several records for a CTA, a grid of records apart: CTAs that go
+// through the same kv heads at the same time share them in the L2 cache. Read anew for each part: registers are scarce.
+class PartStream {
+ public:
+  __device__ __forceinline__ explicit PartStream(const Params& params) : params(params) {}
+
+  // Whether there is another part; it is then in `part`.
+  __device__ __forceinline__ bool look(Part& part) {
+    const Header header = *params.header;
+    for (; record < header.num_ctas; record += gridDim.x, done = 0) {
+      PartList list(params, header, params.ctas[record]);
+      list.advance(done);
+      if (list.any()) {
+        part = list.get();
+        return true;
+      }
+    }
+    return false;
+  }
+  __device__ __forceinline__ void advance() { done++; }
+
+ private:
+  const Params& params;
+  int record = blockIdx.x, done = 0;  // parts of the record
+};
+
+// The entry of the page table for a position; then the page, or another in its place and a flag where the table is wrong. Two
+// functions, because looking at the entry waits for it.
+__device__ __forceinline__ int look_up(const Params& params, const Part& part, int position) {
+  return params.page_indices[part.tile.page_begin + (position >> params.block_shift)];
+}
+__device__ __forceinline__ int page_of(const Params& params, int entry) {
+  if (static_cast<unsigned>(entry) < static_cast<unsigned>(params.num_blocks)) return entry;
+  *params.flag = 1;
+  return 0;
+}
+
+// One warp's work, for K or for V: a lane copies a page, or STEP rows of it, by the copy engine. Pages that have no position of
+// the part are not read; of the others all rows are: what does not belong there is the consumers' affair.
+__device__ __forceinline__ void produce(
+    const Params& params, const TensorMap* map, KvTile* tiles, unsigned long long* full, unsigned long long* empty) {
+  const int lane = threadIdx.x % 32, rows = min(1 << params.block_shift, STEP), slot = lane * rows;
+  PartStream parts(params);
+  Turn turn;
+  for (Part part; parts.look(part); parts.advance()) {
+    const long long first_page = static_cast<long long>(part.kv_head) * params.num_blocks;
+    const auto wanted = [&](int position) {
+      return slot < STEP && position + slot + rows > part.kv_start && position + slot < part.kv_stop;
+    };
+    int position = last_step(part);
+    int entry = wanted(position) ? look_up(params, part, position + slot) : 0;
+#pragma unroll 1
+    for (; position >= first_step(part); position -= STEP) {
+      const bool mine = wanted(position);
+      const unsigned bytes = __popc(__ballot_sync(0xffffffffu, mine)) * rows * HEAD_DIM * sizeof(scalar);
+      const int in_page = position + slot & (1 << params.block_shift) - 1;
+      const int row = static_cast<int>((first_page + page_of(params, entry) << params.block_shift) + in_page);
+      const int before = position - STEP;
+      if (before >= first_step(part) && wanted(before)) entry = look_up(params, part, before + slot);
+
+      mbarrier_wait_parity(&empty[turn.stage], turn.parity ^ 1);
+      if (lane == 0) mbarrier_arrive_expect_tx(&full[turn.stage], bytes);
+      __syncwarp();
+      if (mine) tensor_copy_4d(tiles[turn.stage].at[slot / 8], map, 0, 0, 0, row / 8, &full[turn.stage]);
+      turn.advance();
+    }
+  }
+}

@@ -1,0 +1,210 @@
+"""OpenAI's request and response bodies: JSON objects in, prompts and SamplingParams out, and the way back.
+
+Fields as in the API reference of chat completions and completions, plus those of vLLM that name a sampling parameter. A field
+that is not known is ignored; one that is known, would change the answer and cannot be obeyed is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cupaged.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from cupaged.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from cupaged.llm import LLM, Prompt
+    from cupaged.model.sampling import SamplingParams
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MAX_N = 128  # completions of one prompt
+MAX_LOGPROBS = 20  # alternatives to a token
+COMPLETION_TOKENS = 16  # of a completion (not of a chat) that names no max_tokens; the API's default
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_tokens",
+    # vLLM's
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+    "skip_special_tokens",
+)
+# field -> the values beside null that ask for nothing
+_REFUSED: dict[str, tuple] = {
+    "stream": (False,),
+    "tools": ([],),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+
+
+def parse(llm: LLM, url: str, body: dict[str, Any], seed: int | None = None) -> tuple[list[Prompt], SamplingParams]:
+    """The prompts of a request body (more than one only where a completion has a list of them) and how to continue them.
+
+    What the body leaves open follows `LLM.default_sampling_params`, and `seed`.
+
+    Raises:
+        InvalidArgument: a field is missing, wrong, or asks for what there is not.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, idle in _REFUSED.items():
+        if name in given and given[name] not in idle:
+            raise InvalidArgument(f"{name} is {_shown(given[name])}, which is not supported here; leave it out")
+    values = {name: given[name] for name in SAMPLING if name in given}
+    if seed is not None:
+        values.setdefault("seed", seed)
+    if "logit_bias" in given:
+        values["logit_bias"] = _logit_bias(given["logit_bias"])
+    logprobs = _num_logprobs(url, given)
+    if logprobs is not None:
+        values["logprobs"] = logprobs
+    if url == CHAT:
+        prompts = [{"prompt_token_ids": llm.tokenizer.encode_chat(_messages(given.get("messages")))}]
+        if "max_completion_tokens" in given:
+            values["max_tokens"] = given["max_completion_tokens"]
+    else:
+        prompts = _prompts(given.get("prompt"))
+        values.setdefault("max_tokens", COMPLETION_TOKENS)
+    params = llm.default_sampling_params(**values)
+    if params.n > MAX_N:
+        raise InvalidArgument(f"n is {params.n}; give at most {MAX_N}")
+    return prompts, params
+
+
+def answer(url: str, body: dict[str, Any], outputs: Sequence[RequestOutput], request_id: str, model: str) -> dict[str, Any]:
+    """The response body for the finished outputs of all prompts of a request; `model` is named where the body names none."""
+    choices, num_logprobs = [], _num_logprobs(url, body)
+    for output in outputs:
+        for completion in output.outputs:
+            choice: dict[str, Any] = {"index": len(choices)}
+            if url == CHAT:
+                choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
+            else:
+                choice["text"] = completion.text
+            choice["logprobs"] = None if num_logprobs is None else _logprobs(url, completion, num_logprobs)
+            choices.append({**choice, "finish_reason": completion.finish_reason})
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    return {
+        "id": f"{'chatcmpl' if url == CHAT else 'cmpl'}-{request_id}",
+        "object": "chat.completion" if url == CHAT else "text_completion",
+        "created": int(time.time()),
+        "model": body.get("model") or model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
+        },
+    }
+
+
+# ---- what is asked
+
+
+def _messages(messages: object) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidArgument(f'messages is {_shown(messages)}; give at least one {{"role": ..., "content": ...}}')
+    result = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidArgument(f'messages[{index}] is {_shown(message)}; give {{"role": "user", "content": "..."}}')
+        result.append({**message, "content": _text(message.get("content"), f"messages[{index}].content")})
+    return result
+
+
+def _text(content: object, where: str) -> str:
+    """A message's text, given as a string or as parts of type text."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not parts:
+        raise InvalidArgument(f"{where} is {_shown(content)}; give a string")
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidArgument(f'{where} holds {_shown(part)}; give parts {{"type": "text", "text": "..."}} only')
+    return "".join(part["text"] for part in parts)
+
+
+def _prompts(prompt: object) -> list[Prompt]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) or (isinstance(item, list) and item) for item in prompt):
+            return prompt
+        if not any(isinstance(item, (str, list, dict)) for item in prompt):
+            return [prompt]  # token ids; the engine refuses those that are none
+    raise InvalidArgument(f"prompt is {_shown(prompt)}; give a string, a list of token ids, or a list of these")
+
+
+def _logit_bias(bias: object) -> dict[int, float]:
+    """Token id -> what is added to its logit; JSON has the ids as strings."""
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except (AttributeError, ValueError):
+        raise InvalidArgument(f'logit_bias is {_shown(bias)}; give {{"TOKEN ID": number, ...}}') from None
+
+
+def _num_logprobs(url: str, body: dict[str, Any]) -> int | None:
+    """How many alternatives to each token are wanted beside its own log-probability; None: nothing of the kind."""
+    name, count = "logprobs", body.get("logprobs")
+    if url == CHAT:
+        if count not in (None, True, False):
+            raise InvalidArgument(f"logprobs is {_shown(count)}; give true or false, and top_logprobs how many")
+        if not count:
+            return None
+        name, count = "top_logprobs", body.get("top_logprobs") or 0
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_LOGPROBS):
+        raise InvalidArgument(f"{name} is {_shown(count)}; give a whole number from 0 to {MAX_LOGPROBS}")
+    return count
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# ---- what is answered
+
+
+def _logprobs(url: str, completion: CompletionOutput, count: int) -> dict[str, Any]:
+    def by_rank(step: dict[int, Logprob]) -> list[Logprob]:
+        return sorted(step.values(), key=lambda entry: entry.rank)
+
+    steps = completion.logprobs
+    chosen = [step[token_id] for step, token_id in zip(steps, completion.token_ids, strict=True)]
+    if url == CHAT:
+
+        def entry(logprob: Logprob) -> dict[str, Any]:
+            text = logprob.decoded_token
+            return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode())}
+
+        return {
+            "content": [
+                # The engine tells of the token that was drawn beside those of the highest ranks.
+                {**entry(own), "top_logprobs": [entry(other) for other in by_rank(step) if other.rank <= count]}
+                for own, step in zip(chosen, steps, strict=True)
+            ]
+        }
+    offsets = [0]
+    for own in chosen:
+        offsets.append(offsets[-1] + len(own.decoded_token))
+    return {
+        "tokens": [own.decoded_token for own in chosen],
+        "token_logprobs": [own.logprob for own in chosen],
+        # Of tokens that read the same (parts of characters) the most probable one, entered last, stays.
+        "top_logprobs": [{other.decoded_token: other.logprob for other in reversed(by_rank(step))} for step in steps],
+        "text_offset": offsets[:-1],
+    }
