@@ -8,6 +8,7 @@ float32), tests/emulator and tests/gpu.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import zlib
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
+from cupaged import attention as paged
 from cupaged.ops import numpy as reference_ops
 
 SEED = int(os.environ.get("CUPAGED_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
@@ -322,6 +324,30 @@ def check_large_pool(ops, make: Callable[[tuple[int, ...], np.dtype], object]) -
     q = reference_ops.rope_append(*map(_exact, inputs.values()), *pools, None, made)
     expected = reference_ops.paged_attention(q, *pools, None, made, 0.125)
     check_close(out, expected, f"large pool (CUPAGED_TEST_SEED={SEED})")
+
+
+def check_shared_prefix(ops, monkeypatch, dtype: str, kv: str | None) -> None:
+    """A batch whose sequences begin with the same blocks, as if it were so large that reading those once pays."""
+    planned = []
+
+    def plan_cascade(*args, **kwargs):
+        planned.append(args[-1])
+        return original(*args, **kwargs)
+
+    original, every = paged.plan_cascade, functools.partial(paged.shared_prefixes, launch_bytes=0)
+    monkeypatch.setattr(paged, "plan_cascade", plan_cascade)
+    monkeypatch.setattr(paged, "shared_prefixes", every)
+    sequences = [
+        (70, 1),
+        (45, 2),
+        (33, 1),
+        (5, 5),
+        (200, 30),
+        (64, 1),
+    ]  # the first three share 32 positions, so do the last two
+    case = attention("shared prefix", sequences, (4, 2), 64, shared=True, kv=kv)
+    check(ops, case, dtype)
+    assert planned, "the shared prefixes were not found"
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------------

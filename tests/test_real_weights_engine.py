@@ -21,7 +21,13 @@ fisherman who had three daughters. Water boils at 100 degrees; the sun is a star
 LAYOUTS = {
     "pages of 1, chunks, no prefix cache": {"block_size": 1, "max_num_batched_tokens": 80, "enable_prefix_caching": False},
     "pages of 256, guessing": {"block_size": 256, "speculative": "ngram", "num_speculative_tokens": 4},
-    "guessing in a pool that preempts": {"speculative": "ngram", "num_speculative_tokens": 3, "kv_memory": 40 * 16 * 46080},
+    "guessing in a pool that preempts": {  # of 29 blocks, in which every request grows by one or two
+        "speculative": "ngram",
+        "num_speculative_tokens": 3,
+        "block_size": 4,
+        "max_model_len": 112,
+        "kv_memory": 30 * 4 * 46080,
+    },
 }
 
 

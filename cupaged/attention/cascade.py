@@ -70,6 +70,14 @@ def shared_prefixes(
     most = np.maximum(seq_lens - tokens, 0) // block_size  # blocks that all rows of a sequence see
     most[tokens == 0] = 0  # nothing is saved by sequences without rows
 
+    # Most batches share nothing, and that shows at once: no two neighbours begin with the same block.
+    first_blocks = np.full(seq_lens.size, -1, np.int64)
+    first_blocks[most > 0] = page_indices[page_indptr[:-1][most > 0]]
+    joins = np.zeros(seq_lens.size, bool)
+    joins[1:] = (first_blocks[1:] == first_blocks[:-1]) & (first_blocks[1:] >= 0)
+    if not joins.any():
+        return []
+
     def equal(b: int, limit: int) -> int:
         """How many of its first `limit` blocks sequence b has in common with the one before."""
         one, other = (page_indices[page_indptr[c] : page_indptr[c] + limit] for c in (b - 1, b))
@@ -83,7 +91,7 @@ def shared_prefixes(
     while b < seq_lens.size:
         first, blocks, rows, best = b, int(most[b]), int(tokens[b]), 0
         b += 1
-        while b < seq_lens.size and blocks:
+        while b < seq_lens.size and joins[b]:
             common = equal(b, min(blocks, int(most[b])))
             gain = saved(b + 1 - first, common, rows + int(tokens[b]))
             if gain <= best:

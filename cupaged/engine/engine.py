@@ -276,7 +276,8 @@ class Engine:
         pages: list[int] = []
         q_indptr, seq_lens, page_indptr = [0], [], [0]
         row_of_position_0: dict[Sequence, int] = {}
-        for seq, count in scheduled:
+        # Those with the same first block side by side: attention may read the prefix that they share once for all.
+        for seq, count in sorted(scheduled, key=lambda each: each[0].page_table[0]):
             stop = seq.num_computed + count
             row_of_position_0[seq] = len(tokens) - seq.num_computed
             tokens += seq.token_ids[seq.num_computed : stop]

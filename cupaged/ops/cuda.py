@@ -284,7 +284,7 @@ class Index:
 
     def __init__(self, *arrays: np.ndarray) -> None:
         self._host = [np.ascontiguousarray(array, np.int32) for array in arrays]
-        self._plans: dict[tuple, attention.Plan] = {}
+        self._plans: dict[tuple, attention.CascadePlan] = {}
         starts = np.cumsum([0, *(-(-array.size // 4) * 4 + 4 for array in self._host)])
         together = np.full(starts[-1], -1, np.int32)  # what lies between the arrays is no page, so that a wrong index shows
         for start, array in zip(starts, self._host, strict=False):
@@ -293,22 +293,25 @@ class Index:
         parts = [on_device[start : start + array.size] for start, array in zip(starts, self._host, strict=False)]
         self.q_indptr, self.seq_lens, self.page_indptr, self.page_indices = parts
 
-    def plan(self, q: Array, k_pool: Array, sliding_window: int | None) -> attention.Plan:
-        """How attention over such arrays is cut: made for the first layer, found again by the others."""
+    def plan(self, q: Array, k_pool: Array, sliding_window: int | None) -> attention.CascadePlan:
+        """How attention over such arrays is cut: made for the first layer, found again by the others.
+
+        Where neighbours in the batch begin with the same blocks, and reading those once pays, they are a level of their own.
+        """
         key = q.shape[1:], k_pool.shape, q.dtype, k_pool.dtype, sliding_window
         if key not in self._plans:
             num_kv_heads, num_blocks, block_size, head_dim = k_pool.shape
+            shape = {"num_heads": q.shape[1], "num_kv_heads": num_kv_heads, "block_size": block_size}
             decode_grid, prefill_grid = attention.grids_of_device(head_dim, q.dtype.name, k_pool.dtype.name)
-            self._plans[key] = attention.plan(
-                *self._host,
-                num_heads=q.shape[1],
-                num_kv_heads=num_kv_heads,
-                block_size=block_size,
-                num_blocks=num_blocks,
-                decode_grid=decode_grid,
-                prefill_grid=prefill_grid,
-                sliding_window=sliding_window,
-            )
+            grids = {"num_blocks": num_blocks, "decode_grid": decode_grid, "prefill_grid": prefill_grid}
+            prefixes = []
+            if sliding_window is None:
+                prefixes = attention.shared_prefixes(*self._host, **shape, kv_bytes=k_pool.dtype.itemsize)
+            if prefixes:
+                self._plans[key] = attention.plan_cascade(*self._host, prefixes, **shape, **grids)
+            else:
+                whole = attention.plan(*self._host, **shape, **grids, sliding_window=sliding_window)
+                self._plans[key] = attention.CascadePlan(None, whole)
         return self._plans[key]
 
 
@@ -366,10 +369,11 @@ def paged_attention(
     """Causal attention of every row over its own sequence, K and V read through the page table.
 
     q [T, num_heads, head_dim] -> out of the same shape; pools and kv_scales as for `rope_append`; head_dim 64 or 128,
-    block_size a power of two up to 256. A row with nothing to attend to gives 0. One launch, from a plan that `index` keeps.
+    block_size a power of two up to 256. A row with nothing to attend to gives 0. One launch, from a plan that `index` keeps;
+    three, where a prefix that sequences share is attended once for all.
     """
-    plan = index.plan(q, k_pool, sliding_window)
-    return attention.run(plan, q, k_pool, v_pool, scale, out=empty(q.shape, q.dtype), kv_scales=kv_scales)
+    plans = index.plan(q, k_pool, sliding_window)
+    return attention.run_cascade(plans, q, k_pool, v_pool, scale, out=empty(q.shape, q.dtype), kv_scales=kv_scales)
 
 
 def penalise(

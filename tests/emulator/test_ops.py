@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from op_cases import CASES, check, check_large_pool, check_rows_are_independent
+from op_cases import CASES, check, check_large_pool, check_rows_are_independent, check_shared_prefix
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -13,6 +13,12 @@ def test_an_operation_is_what_its_numpy_twin_says(ops, case, dtype):
 
 def test_a_token_depends_on_its_own_row_alone(ops):
     check_rows_are_independent(ops)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_what_sequences_share_is_attended_once(ops, monkeypatch, dtype, kv):
+    check_shared_prefix(ops, monkeypatch, dtype, kv)
 
 
 def test_a_pool_may_be_larger_than_4_gib(ops):
