@@ -24,7 +24,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cupaged.attention import grids_of_device, plan, run
+from cupaged.attention import SharedPrefix, grids_of_device, plan, plan_cascade, run, run_cascade
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 
@@ -47,9 +47,8 @@ class Case:
     kv: str = "bf16"
     identity: bool = False  # pages in the order of positions
     sm80: bool = False  # the mma.sync kernel for prefill too
-    padded: bool = (
-        False  # K/V bytes count as if every sequence were as long as it is, though the batch is padded to the longest
-    )
+    padded: bool = False  # K/V bytes count as if every sequence were as long as it is; the batch is padded to the longest
+    shared: int = 0  # positions at the beginning whose pages are the same for all sequences
     note: str = ""
 
     def __str__(self) -> str:
@@ -92,6 +91,8 @@ ABLATION = [  # each remedy beside what it cures
     *(Case(f"alignment: decode 32/8 64x{n}", GQA, ((n, 1),) * 64) for n in (4064, 4080, 4095, 4096, 4097)),
     *(Case("8-bit KV: decode 32/8 64x4096", GQA, LONG, kv=kv) for kv in ("bf16", "fp8", "int8")),
     Case("one launch: mixed 32/8 2048+63x4096", GQA, MIXED),
+    *(Case(f"shared prefix: decode 32/8 64x4096, {n} shared", GQA, LONG, shared=n) for n in (64, 512, 2048, 4032)),
+    *(Case(f"shared prefix: decode 32/8 {b}x1024, 960 shared", GQA, ((1024, 1),) * b, shared=960) for b in (2, 8, 64)),
 ]
 
 
@@ -189,6 +190,7 @@ class Bench:
         num_heads, num_kv_heads = case.heads
         kv_bytes = float(lengths.sum()) * num_kv_heads * HEAD_DIM * 2 * KV_BYTES[case.kv]
         flop = 4 * num_heads * HEAD_DIM * int((rows.astype(np.int64) * (2 * (lengths - rows) + rows + 1) // 2).sum())
+        kv_bytes -= case.shared * (len(rows) - 1) * num_kv_heads * HEAD_DIM * 2 * KV_BYTES[case.kv]  # read once
         if case.padded:
             lengths = np.full_like(lengths, lengths.max())
         pages = -(-lengths // case.block_size)
@@ -209,6 +211,8 @@ class Bench:
         if case.kv == "int8":
             scales = [self.cupy.random.uniform(0.01, 0.02, (*layer[:3], 2), "float32").astype("float16") for _ in range(layers)]
         indptr = np.cumsum([0, *pages], dtype=np.int32)
+        for first in indptr[1:-1]:
+            order[first : first + case.shared // case.block_size] = order[: case.shared // case.block_size]
         return Drawn(case, lengths, rows, indptr, order, qs, outs, pools, scales, kv_bytes, flop)
 
     def planned(self, drawn: Drawn, chosen: slice = slice(None)):
@@ -255,12 +259,39 @@ class Bench:
         print(f"error {error:.1e}")
         assert error < 1e-2, f"{case}: wrong by {error}"
         peers = {}
-        if case.kv == "bf16" and not case.padded:
+        if case.shared:
+            peers |= self.cascaded(drawn)
+        elif case.kv == "bf16" and not case.padded:
             peers |= self.gathered(drawn) | self.sdpa(drawn) | self.flashinfer(drawn)
         if case.name.startswith("one launch"):
             peers |= self.many_launches(drawn)
         row = {"case": str(case), "us": us, "bytes": drawn.kv_bytes, "flop": drawn.flop, "peers": peers}
         return row | {"host_us": {"plan": plan_us, "run": host_us}}
+
+    def cascaded(self, drawn: Drawn) -> dict[str, float]:
+        """What all sequences share attended once, as a level of its own."""
+        case, grids = drawn.case, grids_of_device(HEAD_DIM, DTYPE)
+        plans = plan_cascade(
+            drawn.q_indptr,
+            drawn.lengths,
+            drawn.page_indptr,
+            drawn.page_indices,
+            [SharedPrefix(0, len(drawn.rows), case.shared // case.block_size)],
+            num_heads=case.heads[0],
+            num_kv_heads=case.heads[1],
+            block_size=case.block_size,
+            num_blocks=drawn.pools[0][0].shape[1],
+            decode_grid=grids[0],
+            prefill_grid=grids[1],
+        )
+
+        def attend(i: int) -> None:
+            run_cascade(plans, drawn.qs[i], *drawn.pools[i], out=drawn.outs[i])
+
+        us = self.microseconds(attend, len(drawn.qs))
+        error = self.error(drawn, int(self.rng.integers(len(drawn.rows))))
+        assert error < 1e-2, f"{case}: the cascade is wrong by {error}"
+        return {"cascade": us}
 
     def error(self, drawn: Drawn, token: int) -> float:
         """||out - ref|| / ||ref|| of one token's last head in the last layer, against float64."""
