@@ -44,7 +44,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).parent / "results" / "attention_h200.json"
+    default = Path(__file__).parent / "results" / "attention_h100.json"
     parser.add_argument("result", nargs="?", type=Path, default=default, help=f"a result file (default: {default.name})")
     args = parser.parse_args()
     try:

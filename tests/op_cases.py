@@ -334,7 +334,7 @@ def check_shared_prefix(ops, monkeypatch, dtype: str, kv: str | None) -> None:
         planned.append(args[-1])
         return original(*args, **kwargs)
 
-    original, every = paged.plan_cascade, functools.partial(paged.shared_prefixes, launch_bytes=0)
+    original, every = paged.plan_cascade, functools.partial(paged.shared_prefixes, only_if_it_pays=False)
     monkeypatch.setattr(paged, "plan_cascade", plan_cascade)
     monkeypatch.setattr(paged, "shared_prefixes", every)
     sequences = [

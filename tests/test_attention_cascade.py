@@ -1,5 +1,9 @@
 """Cascade: a shared prefix attended once and joined with the rest gives what plain attention gives."""
 
+import json
+import re
+from pathlib import Path
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from test_attention_planner import interpret
 from cupaged.attention import Grid, SharedPrefix, merge_states, plan, plan_cascade, shared_prefixes
 from cupaged.errors import InvalidArgument
 
+RESULTS = Path(__file__).parent.parent / "scripts" / "results"
 FEW = settings(deadline=None, max_examples=40)
 
 
@@ -79,17 +84,36 @@ def test_a_prefix_is_read_once():
 
 
 def sharing(index, shape, **more):
-    return shared_prefixes(**index, **{name: shape[name] for name in ("num_heads", "num_kv_heads", "block_size")}, **more)
+    sizes = {name: shape[name] for name in ("num_heads", "num_kv_heads", "block_size")}
+    return shared_prefixes(**index, **sizes, **({"head_dim": 8, "only_if_it_pays": False} | more))
 
 
 def test_prefixes_that_pay_are_found():
     groups = [(0, [(100, 1)]), (30, [(5, 1)] * 4), (0, [(20, 1)]), (50, [(7, 2), (90, 1), (1, 1)]), (1, [(3, 3), (5, 5)])]
     index, shape, *_ = tree(groups, 16)
-    assert sharing(index, shape, launch_bytes=0) == [SharedPrefix(1, 4, 30), SharedPrefix(6, 3, 50)]
-    saved = 64 * ((3 * 30 + 2 * 50) * 16 * 2 * 2 * 2 - 4 * 2 * (4 + 4) * 4)
-    assert sharing(index, shape, launch_bytes=saved - 1) == sharing(index, shape, launch_bytes=0)
-    assert sharing(index, shape, launch_bytes=saved) == []
-    assert sharing(index, shape) == []  # it takes more to pay for launches
+    assert sharing(index, shape) == [SharedPrefix(1, 4, 30), SharedPrefix(6, 3, 50)]
+    assert sharing(index, shape, only_if_it_pays=True) == []  # it takes more to pay for launches
+
+
+def measured():
+    rows = json.loads((RESULTS / "attention_ablation_h100.json").read_text())["rows"]
+    return [row for row in rows if row["case"].startswith("shared prefix")]
+
+
+@pytest.mark.parametrize("row", measured(), ids=lambda row: row["case"])
+def test_a_prefix_is_attended_once_where_that_was_measured_to_pay(row):
+    count, length, shared = map(int, re.search(r"(\d+)x(\d+), (\d+) shared", row["case"]).groups())
+    own = np.arange(count * (length - shared) // 16).reshape(count, -1) + shared // 16
+    tables = np.concatenate((np.tile(np.arange(shared // 16), (count, 1)), own), axis=1).astype(np.int32)
+    index = {
+        "q_indptr": np.arange(count + 1, dtype=np.int32),
+        "seq_lens": np.full(count, length, np.int32),
+        "page_indptr": np.arange(count + 1, dtype=np.int32) * (length // 16),
+        "page_indices": tables.reshape(-1),
+    }
+    shape = {"num_heads": 32, "num_kv_heads": 8, "block_size": 16}
+    found = sharing(index, shape, head_dim=128, only_if_it_pays=True)
+    assert found == ([SharedPrefix(0, count, shared // 16)] if row["peers"]["cascade"] < row["us"] else [])
 
 
 def test_a_sequence_that_shares_less_does_not_spoil_a_group():
@@ -101,17 +125,17 @@ def test_a_sequence_that_shares_less_does_not_spoil_a_group():
         "page_indptr": 60 * np.arange(5, dtype=np.int32),
         "page_indices": np.concatenate(table).astype(np.int32),
     }
-    assert sharing(index, shape, launch_bytes=0) == [SharedPrefix(0, 3, 59)]  # the last block has the row itself
+    assert sharing(index, shape) == [SharedPrefix(0, 3, 59)]  # the last block has the row itself
     for rows, blocks in ((2, 59), (17, 58)):
         chunk = index | {"q_indptr": np.array([0, rows, rows + 1, rows + 2, rows + 3], np.int32)}
-        assert sharing(chunk, shape, launch_bytes=0) == [SharedPrefix(0, 3, blocks)]
+        assert sharing(chunk, shape) == [SharedPrefix(0, 3, blocks)]
 
 
 @FEW
 @given(st.lists(st.tuples(st.integers(0, 12), st.lists(members, min_size=1, max_size=5)), max_size=4), st.sampled_from([1, 8]))
 def test_what_is_found_can_be_planned(groups, block_size):
     index, shape, k_pool, v_pool, q = tree(groups, block_size)
-    found = sharing(index, shape, launch_bytes=0)
+    found = sharing(index, shape)
     made = plan_cascade(**index, prefixes=found, **shape, decode_grid=Grid(5))
     if found:
         out, _ = merge_states(

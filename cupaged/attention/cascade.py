@@ -23,7 +23,11 @@ from cupaged.errors import InvalidArgument
 
 Array = Any  # cupy.ndarray
 
-LAUNCH_BYTES = 16 << 20  # that a GPU reads in the time of two more launches, about 5 us
+# As measured on an H100 (scripts/results/attention_ablation_h100.json). Without a cascade, what is shared is read again and
+# again from L2 while memory hands out the rest: that takes the longer of all bytes at 7 TB/s and of distinct ones at 3.1. With
+# one it takes the distinct bytes, and 35 to 50 us more, for the two launches and because the levels follow each other.
+LAUNCH_BYTES = 350_000_000  # that L2 hands out in that time
+L2_PER_MEMORY = 2.25  # how many bytes L2 hands out while memory hands out one
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,17 @@ def shared_prefixes(
     num_heads: int,
     num_kv_heads: int,
     block_size: int,
+    head_dim: int,
     kv_bytes: int = 2,
-    launch_bytes: int = LAUNCH_BYTES,
+    only_if_it_pays: bool = True,
 ) -> list[SharedPrefix]:
     """The prefixes that pay: sequences that are neighbours in the batch (sort it by page table) and begin with equal blocks.
 
     A group of n sequences with r rows and a prefix of s positions saves the reading of (n - 1) * s * num_kv_heads * 2 vectors
     of K/V of kv_bytes an element, and costs the writing and reading of two more results, 4 vectors of 16 bits for each of r *
-    num_heads. A sequence joins the group before it if that saves more; a group that saves nothing is none; and if all together
-    save no more than `launch_bytes`, what is read in the time of the two more launches, the list is empty. (Vectors are counted
-    as 64 elements. What the L2 cache saves anyway is not known here.)
+    num_heads. A sequence joins the group before it if that saves more; a group that saves nothing is none. With
+    `only_if_it_pays` the list is empty unless two more launches and what is left to read take less time than L2 needs to hand
+    out everything. (Of a prefix that L2 cannot hold more is saved than this counts.)
 
     The arrays are those of `plan`; a prefix ends before the first row's position.
     """
@@ -85,7 +90,7 @@ def shared_prefixes(
         return int(different.argmax()) if different.any() else limit
 
     def saved(n: int, blocks: int, rows: int) -> int:
-        return 64 * ((n - 1) * blocks * block_size * num_kv_heads * 2 * kv_bytes - 4 * 2 * rows * num_heads)
+        return head_dim * ((n - 1) * blocks * block_size * num_kv_heads * 2 * kv_bytes - 4 * 2 * rows * num_heads)
 
     found, total, b = [], 0, 0
     while b < seq_lens.size:
@@ -101,7 +106,9 @@ def shared_prefixes(
         if best > 0:
             found.append(SharedPrefix(first, b - first, blocks))
             total += best
-    return found if total > launch_bytes else []
+    everything = int(seq_lens.sum(dtype=np.int64)) * num_kv_heads * 2 * head_dim * kv_bytes
+    pays = everything > (everything - total) * L2_PER_MEMORY + LAUNCH_BYTES
+    return found if pays or not only_if_it_pays else []
 
 
 def plan_cascade(

@@ -306,7 +306,7 @@ class Index:
             grids = {"num_blocks": num_blocks, "decode_grid": decode_grid, "prefill_grid": prefill_grid}
             prefixes = []
             if sliding_window is None:
-                prefixes = attention.shared_prefixes(*self._host, **shape, kv_bytes=k_pool.dtype.itemsize)
+                prefixes = attention.shared_prefixes(*self._host, **shape, head_dim=head_dim, kv_bytes=k_pool.dtype.itemsize)
             if prefixes:
                 self._plans[key] = attention.plan_cascade(*self._host, prefixes, **shape, **grids)
             else:
