@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +18,8 @@ from cupaged.model.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM, Prompt
+
+logger = logging.getLogger("cupaged")
 
 _Record = TypeVar("_Record")
 
@@ -72,7 +75,7 @@ class AsyncEngine:
 
         Raises:
             InvalidArgument: the prompt, the parameters, the id or the event loop cannot be used.
-            CupagedError: the engine is closed; or a step failed, which ends the engine and gives every request this error.
+            CupagedError: the engine is closed; or a step failed twice, which ends the engine and gives all requests this error.
         """
         reader = self._register(request_id)
         try:
@@ -164,6 +167,7 @@ class AsyncEngine:
     # ---- in the thread
 
     def _run(self) -> None:
+        num_failures = 0  # steps that failed, one after the other
         try:
             while True:
                 try:
@@ -171,10 +175,15 @@ class AsyncEngine:
                         break
                     if self._unfinished:
                         self.llm.step()
+                        num_failures = 0
                         self._publish()
                 except _LoopIsGoneError:
                     raise
                 except BaseException as error:
+                    num_failures += 1
+                    if num_failures == 1 and isinstance(error, Exception):
+                        logger.warning("a step failed and is tried again: %s: %s", type(error).__name__, error)
+                        continue
                     self._failed = True  # from now on calls are answered and nothing is computed
                     self._abort_all()
                     self._tell(lambda error=error: self._fail(error))

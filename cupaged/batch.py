@@ -66,7 +66,7 @@ def run_batch(source: str, target: str, model: str, load: Callable[[], LLM], max
     if not target_path.parent.is_dir() or (target_path.exists() and not target_path.is_file()):
         raise InvalidArgument(f"cannot write {target}; give a file in a folder that exists")
     with _only_run(target_path):
-        answers = _Answers(target_path, [request.id for request in requests], source)
+        answers = _Answers(target_path, requests, source)
         done_before = len(answers)
         try:
             pending = [request for request in requests if request.id not in answers]
@@ -104,9 +104,7 @@ def _run(requests: Iterable[_Request], load: Callable[[], LLM], answers: _Answer
             for request, outputs in list(running.items()):
                 if all(output.finished for output in outputs):
                     del running[request]
-                    errors = [output.error for output in outputs if output.error is not None]
-                    body = None if errors else answer(request.url, request.body, outputs, request.id, llm.path.name)
-                    finished.append((request, errors[0] if errors else body))
+                    finished.append((request, _result(llm, request, outputs)))
                     num_tokens += sum(output.metrics.num_generated_tokens for output in outputs)
             if finished:
                 answers.add([_line(request, result) for request, result in finished])
@@ -118,6 +116,17 @@ def _run(requests: Iterable[_Request], load: Callable[[], LLM], answers: _Answer
         for outputs in running.values():
             for output in outputs:
                 llm.abort(output)
+
+
+def _result(llm: LLM, request: _Request, outputs: list[RequestOutput]) -> dict[str, Any] | str:
+    """The response body, or what went wrong."""
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors:
+        return errors[0]
+    try:
+        return answer(request.url, request.body, outputs, request.id, llm.path.name)
+    except Exception as error:
+        return f"internal error: {type(error).__name__}: {error}"
 
 
 def _start(llm: LLM, request: _Request) -> list[RequestOutput]:
@@ -207,7 +216,7 @@ class _Answers:
 
     Args:
         target: OUT.
-        ids: of all requests, in their order.
+        requests: all of them, in their order.
         source: the name of the requests' file, for messages.
 
     Attributes:
@@ -215,10 +224,11 @@ class _Answers:
         failed: ids of the lines that hold an error.
     """
 
-    def __init__(self, target: Path, ids: list[str], source: str) -> None:
+    def __init__(self, target: Path, requests: list[_Request], source: str) -> None:
         self.target, self.partial = target, target.with_name(f"{target.name}.partial")
         self.failed: set[str] = set()
-        self._ids, self._source = ids, source
+        self._ids, self._source = [request.id for request in requests], source
+        self._custom_ids = {request.custom_id for request in requests}
         self._spans: dict[str, tuple[int, int]] = {}  # offset and length of each line in the partial file
         self._file: BinaryIO | None = None
         whole, partial = self._read(target), self._read(self.partial, torn=True)
@@ -290,6 +300,8 @@ class _Answers:
                 id_, error = _id_of(fields), fields["error"]
             except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
                 id_ = error = None
+            if id_ not in known and error is not None and fields.get("custom_id") in self._custom_ids:
+                continue  # that request was mended since
             if id_ not in known:
                 cause = f"line {number} of {path} is no answer of this model to a request of {self._source}"
                 raise InvalidArgument(f"{cause}; name another output, or delete that file to compute all anew")

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,7 @@ class LLM:
         if proposer is not None and not callable(getattr(proposer, "propose", None)):
             raise InvalidArgument(f"speculative is {speculative!r}; give 'ngram', a NgramProposer or None")
         started = time.perf_counter()
+        self._abandoned: deque[RequestOutput] = deque()  # of streams that nobody holds any more
         if threads is not None:
             threadpoolctl.threadpool_limits(threads, "blas")
         ops, device_index = _select_device(device)
@@ -225,7 +227,7 @@ class LLM:
         if not isinstance(priorities, Sequence) or len(priorities) != len(prompts) or not all(map(_is_whole, priorities)):
             raise InvalidArgument(f"priority is {priority!r}; give a whole number for each of {len(prompts)} prompts")
         requests: list[RequestOutput] = []
-        shown = use_tqdm and len(prompts) > 1 and sys.stderr.isatty()
+        shown = use_tqdm and len(prompts) > 1 and sys.stderr is not None and sys.stderr.isatty()
         bar = tqdm(total=len(prompts), unit="prompt", disable=not shown, leave=False)
         try:
             for prompt, params, urgency in zip(prompts, sampling_params, priorities, strict=True):
@@ -236,10 +238,15 @@ class LLM:
                         raise
                     logger.warning("prompt %d of %d cannot be used: %s", len(requests), len(prompts), error)
                     requests.append(self.engine.refuse(prompt if isinstance(prompt, str) else None, params, str(error)))
-            while not all(request.finished for request in requests):
+            num_first, due = 0, 0.0  # the first ones, all finished; when the bar is drawn again
+            while num_first < len(requests):
+                if requests[num_first].finished:
+                    num_first += 1
+                    continue
                 self._step()
-                if shown:
+                if shown and time.perf_counter() > due:
                     bar.update(sum(request.finished for request in requests) - bar.n)
+                    due = time.perf_counter() + 0.1
         finally:
             bar.close()
             for request in requests:
@@ -250,7 +257,8 @@ class LLM:
         """The most probable completions of one prompt or of each of many: `params.beam_width` outputs, best first.
 
         Prompts are searched one after another; requests that run meanwhile keep their blocks and wait. InvalidArgument for a
-        prompt that cannot be used, OutOfMemory where the KV pool cannot hold the beams.
+        single prompt that cannot be used; of several, such a one ends with its own `RequestOutput.error`. OutOfMemory where
+        the KV pool cannot hold the beams.
         """
         if isinstance(prompts, (str, dict)) or _is_token_ids(prompts):
             prompts = [prompts]
@@ -260,10 +268,18 @@ class LLM:
             raise InvalidArgument(f"params is {params!r}; give BeamSearchParams(...)")
         results = []
         for number, prompt in enumerate(prompts):
-            text, token_ids = self._encode(prompt)
-            metrics = RequestMetrics(time.perf_counter(), num_prompt_tokens=len(token_ids))
-            with self._device:
-                beams = beam_search(self.engine, token_ids, params)
+            try:
+                text, token_ids = self._encode(prompt)
+                metrics = RequestMetrics(time.perf_counter(), num_prompt_tokens=len(token_ids))
+                with self._device:
+                    beams = beam_search(self.engine, token_ids, params)
+            except InvalidArgument as error:
+                if len(prompts) == 1:
+                    raise
+                logger.warning("prompt %d of %d cannot be used: %s", number, len(prompts), error)
+                text, several = prompt if isinstance(prompt, str) else None, SamplingParams(n=params.beam_width)
+                results.append(self.engine.refuse(text, several, str(error)))
+                continue
             outputs = []
             for index, beam in enumerate(beams):
                 reason = "stop" if beam.ended else "length"
@@ -349,10 +365,12 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Counts and times of all that has been generated so far, and what runs and waits now."""
+        self._end_abandoned()
         return self.engine.stats()
 
     def pool_stats(self) -> PoolStats:
         """How full the KV pool is now, and was at most."""
+        self._end_abandoned()
         blocks, pool = self.engine.blocks, self.engine.pool
         return PoolStats(pool.num_blocks, pool.block_size, pool.bytes, blocks.num_used, blocks.peak_used, blocks.num_cached)
 
@@ -373,12 +391,17 @@ class LLM:
         else:
             token_ids = prompt
         if not isinstance(token_ids, (Sequence, np.ndarray)) or isinstance(token_ids, (str, bytes)):
-            raise InvalidArgument(f'a prompt is {prompt!r}; give a string, token ids or {{"prompt_token_ids": [...]}}')
+            raise InvalidArgument(f'a prompt is {_shown(prompt)}; give a string, token ids or {{"prompt_token_ids": [...]}}')
         return text, list(token_ids)
 
     def _step(self) -> None:
+        self._end_abandoned()
         with self._device:
             self.engine.step()
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self.engine.abort(self._abandoned.popleft())
 
 
 class Stream:
@@ -388,6 +411,7 @@ class Stream:
         self.output = output
         self._llm = llm
         self._shown = 0
+        self._closed = False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -395,6 +419,8 @@ class Stream:
     def __next__(self) -> str:
         completion = self.output.outputs[0]
         while len(completion.text) == self._shown:
+            if self._closed:
+                raise StopIteration
             if self.output.error is not None:
                 raise CupagedError(self.output.error)
             if self.output.finished:
@@ -406,15 +432,21 @@ class Stream:
 
     def close(self) -> None:
         """Stop generating and free the request's blocks; harmless once it is finished."""
+        self._closed = True
         self._llm.engine.abort(self.output)
 
     def __del__(self) -> None:
-        self.close()
+        self._llm._abandoned.append(self.output)  # a garbage collection may be in the midst of a step
 
 
 def _is_token_ids(prompts: object) -> bool:
     """Whether `prompts` is one prompt as token ids, rather than a list of prompts."""
     return isinstance(prompts, (Sequence, np.ndarray)) and len(prompts) > 0 and isinstance(prompts[0], (int, float, np.number))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _is_whole(value: object) -> bool:

@@ -484,7 +484,10 @@ def sample_by_sorting(logits, temperature, top_k, top_p, min_p, seed, candidate,
         weight = np.exp(ranked[:sure] - ranked[0])
         above = (np.cumsum(weight) - weight) / weight.sum()  # share of the tokens ranked above
         last = [np.flatnonzero(above < np.float64(top_p) + slack)[-1:] for slack in (-3e-6, 3e-6)]
-        sure, possible = (np.count_nonzero(ranked[:sure] >= ranked[i[0]]) if len(i) else 1 for i in last)
+        # Probabilities, too, are float32: tokens whose logits differ by less than 2e-7 may tie.
+        borders = [ranked[i[0]] if len(i) else ranked[0] for i in last]
+        kept = ranked[:sure]
+        sure, possible = np.count_nonzero(kept >= borders[0]), np.count_nonzero(kept >= borders[1] - 2e-7)
     if min_p > 0:
         border, near = ranked[0] + np.log(np.float64(min_p)), 6e-7 * (1 + abs(ranked[0]))
         sure = min(sure, np.count_nonzero(ranked >= border + near))

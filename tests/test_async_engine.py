@@ -313,18 +313,38 @@ def test_a_second_event_loop_is_refused(llm):
     asyncio.run(engine.close())
 
 
-def test_a_step_that_fails_is_one_clear_error_for_all(llm, monkeypatch):
+def test_a_step_that_fails_once_is_tried_again(llm, monkeypatch):
     step, steps = llm.step, []
 
-    def fails_at_the_fifth() -> None:
+    def fails_at_times() -> None:
         steps.append(None)
-        if len(steps) == 5:
+        if len(steps) in (1, 5, 7):
+            raise RuntimeError("a hiccup")
+        step()
+
+    async def main() -> None:
+        async with AsyncEngine(llm) as engine:
+            expected = await asyncio.gather(*(last(engine, [n], greedy(9)) for n in range(5)))
+            monkeypatch.setattr(llm, "step", fails_at_times)
+            outputs = await asyncio.gather(*(last(engine, [n], greedy(9)) for n in range(5)))
+            assert len(steps) > 7
+            assert [output.outputs[0].token_ids for output in outputs] == [each.outputs[0].token_ids for each in expected]
+
+    asyncio.run(main())
+
+
+def test_a_step_that_fails_twice_is_one_clear_error_for_all(llm, monkeypatch):
+    step, steps = llm.step, []
+
+    def fails_from_the_fifth_on() -> None:
+        steps.append(None)
+        if len(steps) >= 5:
             raise RuntimeError("the device is on fire")
         step()
 
     async def main() -> None:
         async with AsyncEngine(llm) as engine:
-            monkeypatch.setattr(llm, "step", fails_at_the_fifth)
+            monkeypatch.setattr(llm, "step", fails_from_the_fifth_on)
             errors = await asyncio.gather(*(last(engine, [n], greedy(900)) for n in range(5)), return_exceptions=True)
             assert {type(error) for error in errors} == {CupagedError}
             assert len({id(error) for error in errors}) == 5

@@ -466,6 +466,16 @@ def test_requests_that_came_later_are_all_that_is_computed(batch, tmp_path):
     assert "3 of them from an earlier run" in err
 
 
+def test_a_line_that_was_mended_is_computed_and_the_others_are_kept(batch, tmp_path):
+    right, wrong = request("a", prompt="hi", max_tokens=3), request("b", prompt="hi", max_tokens=0)
+    _, first, _ = batch(right, wrong)
+    assert [line["error"] is None for line in first] == [True, False]
+    code, second, _ = batch(right, request("b", prompt="hi", max_tokens=2))
+    assert code == 0
+    assert second[0] == first[0]
+    assert second[1]["error"] is None
+
+
 def test_a_step_that_fails_keeps_what_was_done(batch, tmp_path, monkeypatch):
     step, steps = LLM.step, []
 

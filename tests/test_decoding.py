@@ -211,6 +211,14 @@ def test_min_tokens_puts_every_end_off(llm, plain, rng):
         step_by_step.complete(plain, prompt, params).assert_equal(output.token_ids)
 
 
+def test_min_tokens_puts_stop_strings_off(llm):
+    params = {"temperature": 0, "logit_bias": {97: 100}, "stop": ["aa"], "max_tokens": 20}  # it says nothing but "a"
+    for min_tokens in (0, 2, 7):  # stop strings are looked for in what comes after
+        output = llm.generate([1, 2], SamplingParams(**params, min_tokens=min_tokens))[0].outputs[0]
+        assert (output.text, output.finish_reason, output.stop_reason) == ("a" * min_tokens, "stop", "aa")
+        assert len(output.token_ids) == min_tokens + 2
+
+
 def test_processors_constrain_the_output(llm, plain, rng):
     prompts = random_prompts(rng, 5, 18)
     seen = []
@@ -343,6 +351,33 @@ def test_metrics_count_what_happened(folder, rng):
     assert stats.num_steps == 20
     assert stats.prefix_hit_rate == pytest.approx(32 / 100)
     assert 0 < stats.policy_s < stats.step_s
+    assert stats.num_finished == 3
+    for name, of_request in (("queue_s", "queue_time"), ("ttft_s", "time_to_first_token")):
+        times = [getattr(request.metrics, of_request) for request in (*first, again)]
+        assert getattr(stats, name) == pytest.approx(np.mean(times))
+        assert 0 <= min(times) <= max(times) < 60
+    gaps = [gap for request in (*first, again) for gap in request.metrics.inter_token_times]
+    assert stats.inter_token_s == pytest.approx(np.mean(gaps))
+
+
+def test_a_stream_that_nobody_holds_ends_with_the_next_step(folder, rng):
+    llm = LLM(folder, device="cpu", kv_memory="4MB")
+    stream = llm.stream(random_prompts(rng, 40)[0], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    llm.step()
+    assert llm.stats().blocks_used > 0
+    del stream
+    assert (llm.stats().blocks_used, llm.stats().num_running) == (0, 0)
+
+
+def test_a_beam_search_that_cannot_be_is_its_own_prompts_error(folder, rng):
+    llm = LLM(folder, device="cpu", kv_memory="4MB")
+    [prompt] = random_prompts(rng, 9)
+    params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
+    alone = llm.beam_search(prompt, params)[0]
+    good, bad = llm.beam_search([prompt, [999999]], params)
+    assert [output.token_ids for output in good.outputs] == [output.token_ids for output in alone.outputs]
+    assert "vocabulary" in bad.error
+    assert [output.finish_reason for output in bad.outputs] == ["abort", "abort"]
 
 
 def test_little_of_the_pool_is_wasted(folder):

@@ -275,3 +275,51 @@ def test_prompt_lookup_is_what_a_search_would_find():
                 break
         assert proposer.propose(seq, 2) == expected
         tokens.append(rng.randint(0, 3))
+
+
+def test_guesses_take_no_budget_from_decodes_nor_blocks_from_anyone():
+    blocks = BlockManager(1 + 64 * 3, 4)
+    scheduler = Scheduler(blocks, 64, 80)
+    sequences = [sequence(range(100 * i, 100 * i + 5)) for i in range(64)]
+    for seq in sequences:
+        scheduler.add(seq)
+    for step in range(40):
+        for seq in scheduler.running:
+            if seq.num_tokens - seq.num_computed == 1:
+                seq.draft = [7] * 15
+        for seq, count in scheduler.schedule():
+            seq.draft.clear()  # all wrong
+            seq.num_computed = min(seq.num_computed + count, seq.num_tokens)
+            blocks.shrink(seq, seq.num_tokens)
+            if seq.num_computed == seq.num_tokens and seq.num_tokens < 12:
+                seq.token_ids.append(step)
+    assert scheduler.num_preemptions == 0
+    assert {seq.num_tokens for seq in sequences} == {12}
+
+
+def test_a_guess_that_finds_no_block_is_dropped():
+    blocks = BlockManager(3, 4)
+    scheduler = Scheduler(blocks, 2, 80)
+    first, second = sequence([1, 2, 3]), sequence([4, 5, 6])
+    for seq in (first, second):
+        scheduler.add(seq)
+    for seq, count in scheduler.schedule():
+        seq.num_computed += count
+        seq.token_ids.append(9)
+        seq.draft = [8, 8]
+    assert scheduler.schedule() == [(first, 1), (second, 1)]
+    assert first.draft == second.draft == []
+
+
+def test_a_prompt_that_found_no_room_is_admitted_once_there_is_some():
+    blocks = BlockManager(4, 4)
+    scheduler = Scheduler(blocks, 4, 80)
+    first, second = sequence(range(8)), sequence(range(50, 58))
+    for seq in (first, second):
+        scheduler.add(seq)
+    for _ in range(3):
+        for seq, count in scheduler.schedule():
+            seq.num_computed += count
+            assert seq is first
+    scheduler.remove(first)
+    assert scheduler.schedule() == [(second, 8)]

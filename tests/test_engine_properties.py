@@ -76,9 +76,9 @@ class History:
         assert sum(count for _, count in scheduled) <= self.scheduler.max_num_batched_tokens
         assert len(scheduled) <= self.scheduler.max_num_seqs
         assert all(seq in self.scheduler.running for seq, _ in scheduled)
-        if any(seq not in decoding for seq, _ in scheduled):
+        if any(seq not in decoding or count > 1 for seq, count in scheduled):
             left_out = set(decoding) - {seq for seq, _ in scheduled}
-            assert not left_out & set(self.scheduler.running), "prefill went before a decode"
+            assert not left_out & set(self.scheduler.running), "prefill or a guess went before a decode"
         self._compute(scheduled)
         for seq, _ in scheduled:
             if seq.num_computed < seq.num_tokens:

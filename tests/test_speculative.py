@@ -209,3 +209,20 @@ def test_draws_are_distributed_as_the_model_says(folder, plain, kind):
         counts = np.append(counts[~rare], counts[rare].sum())
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < chi_square_limit(len(expected) - 1)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_candidates_that_begin_with_the_last_token_of_a_chunk(folder, plain, n, chunks, enable_prefix_caching):
+    """The prompt's last step computes one token, as a decode does, and begins all candidates."""
+    budget = 8
+    prompt = np.random.default_rng([SEED, n, chunks]).integers(0, 256, chunks * budget + 1).tolist()
+    params = SamplingParams(temperature=1.0, seed=4, n=n, max_tokens=6, ignore_eos=True)
+    expected = [step_by_step.complete(plain, prompt, params, candidate) for candidate in range(n)]
+    layout = {"max_num_batched_tokens": budget, "enable_prefix_caching": enable_prefix_caching, "kv_memory": "4MB"}
+    llm = LLM(folder, device="cpu", speculative=Noise(SEED), **layout)
+    [request] = llm.generate(prompt, params)
+    assert request.error is None
+    for output, each in zip(request.outputs, expected, strict=True):
+        each.assert_equal(output.token_ids, output.finish_reason)

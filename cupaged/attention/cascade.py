@@ -75,12 +75,16 @@ def shared_prefixes(
     most = np.maximum(seq_lens - tokens, 0) // block_size  # blocks that all rows of a sequence see
     most[tokens == 0] = 0  # nothing is saved by sequences without rows
 
-    # Most batches share nothing, and that shows at once: no two neighbours begin with the same block.
+    def pays(saved: int) -> bool:
+        everything = int(seq_lens.sum(dtype=np.int64)) * num_kv_heads * 2 * head_dim * kv_bytes
+        return not only_if_it_pays or everything > (everything - saved) * L2_PER_MEMORY + LAUNCH_BYTES
+
+    # Most batches share too little, and that shows at once: in which neighbours begin with the same block, and how long they are.
     first_blocks = np.full(seq_lens.size, -1, np.int64)
     first_blocks[most > 0] = page_indices[page_indptr[:-1][most > 0]]
     joins = np.zeros(seq_lens.size, bool)
     joins[1:] = (first_blocks[1:] == first_blocks[:-1]) & (first_blocks[1:] >= 0)
-    if not joins.any():
+    if not joins.any() or not pays(int(most[joins].sum()) * block_size * num_kv_heads * 2 * head_dim * kv_bytes):
         return []
 
     def equal(b: int, limit: int) -> int:
@@ -106,9 +110,7 @@ def shared_prefixes(
         if best > 0:
             found.append(SharedPrefix(first, b - first, blocks))
             total += best
-    everything = int(seq_lens.sum(dtype=np.int64)) * num_kv_heads * 2 * head_dim * kv_bytes
-    pays = everything > (everything - total) * L2_PER_MEMORY + LAUNCH_BYTES
-    return found if pays or not only_if_it_pays else []
+    return found if pays(total) else []
 
 
 def plan_cascade(

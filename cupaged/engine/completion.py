@@ -11,7 +11,7 @@ from cupaged.checkpoint.tokenizer import Tokenizer
 from cupaged.engine.detokenizer import Detokenizer
 from cupaged.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from cupaged.engine.sequence import Sequence as TokenSequence
-from cupaged.model.sampling import SamplingParams, SamplingRow, Score
+from cupaged.model.sampling import SamplingParams, SamplingRow, Score, SeenTokens
 
 End = tuple[str, int | str | None]  # finish_reason, stop_reason
 
@@ -34,16 +34,12 @@ class Completion:
         params = self.params
         self.detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
         penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-        # Distinct tokens so far -> times generated; kept only where a penalty asks for it.
-        self.seen: dict[int, int] | None = dict.fromkeys(self.request.prompt_token_ids, 0) if penalised else None
+        self.seen = SeenTokens(self.request.prompt_token_ids) if penalised else None
 
     def sampling_row(self, draft: Sequence[int], sibling: CompletionOutput | None = None) -> SamplingRow:
         """What the next token is drawn under, those of `draft` being taken for granted; or a sibling's first token."""
-        output, seen, params = sibling or self.output, self.seen or {}, self.params
-        if draft and self.seen is not None:
-            seen = dict(seen)
-            for token_id in draft:
-                seen[token_id] = seen.get(token_id, 0) + 1
+        output, params = sibling or self.output, self.params
+        seen = self.seen.and_also(draft) if draft and self.seen is not None else self.seen
         bias: Mapping[int, float] = params.logit_bias or {}
         if len(output.token_ids) + len(draft) < params.min_tokens:
             bias = {**bias, **dict.fromkeys((*self.eos_token_ids, *params.stop_token_ids), -np.inf)}
@@ -83,12 +79,12 @@ class Completion:
             output.logprobs.append(self.logprobs(score, params.logprobs))
             output.cumulative_logprob += output.logprobs[-1][token_id].logprob
         if self.seen is not None:
-            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+            self.seen.add(token_id)
         if token_id in params.stop_token_ids:
             return "stop", token_id
         if token_id in self.eos_token_ids and not params.ignore_eos:
             return "stop", None
-        stop = self.detokenizer.append(token_id)
+        stop = self.detokenizer.append(token_id, may_stop=len(output.token_ids) > params.min_tokens)
         output.text = self.detokenizer.text
         if stop is not None:
             return "stop", stop

@@ -28,16 +28,17 @@ class Detokenizer:
         self._held = ""  # decoded, but it may yet turn into a stop string or a longer emoji
         self.text = ""  # safe to show
 
-    def append(self, token_id: int) -> str | None:
-        """Take the next token; the stop string if it completes one."""
+    def append(self, token_id: int, may_stop: bool = True) -> str | None:
+        """Take the next token; the stop string if it completes one. Without `may_stop` all is text, stop strings too."""
         text = self._held + (self._stream.step(token_id) or "")
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        stops = self._stop if may_stop else ()
+        found = [(text.find(stop), stop) for stop in stops if stop in text]
         if found:
             end, stop = min(found, key=lambda hit: hit[0])
             self.text += text[:end]
             self._held = ""
             return stop
-        safe = len(text) - max(_stop_overlap(text, self._stop), _open_cluster(text))
+        safe = len(text) - max(_stop_overlap(text, stops), _open_cluster(text))
         self.text += text[:safe]
         self._held = text[safe:]
         return None

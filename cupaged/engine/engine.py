@@ -16,7 +16,7 @@ from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.completion import Completion
 from cupaged.engine.drawing import Work, draw
 from cupaged.engine.kv_pool import KVPool
-from cupaged.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from cupaged.engine.outputs import CompletionOutput, EngineStats, MeanTimes, RequestMetrics, RequestOutput
 from cupaged.engine.scheduler import Scheduler
 from cupaged.engine.sequence import Sequence
 from cupaged.engine.speculative import Proposer
@@ -41,7 +41,8 @@ class Engine:
         enable_prefix_caching: reuse the K/V of equal prefixes.
         seed: of the draws of requests that bring none of their own.
         proposer: guesses tokens, up to max_draft at once, that are verified together (speculative decoding). What is generated
-            does not change: see `_accept`. Requests with logits processors, which may keep count of their calls, go without.
+            does not change: see `_accept`. Requests with logits processors, which may keep count of their calls, go without;
+            so does the end of a prompt that several completions begin from.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         self._step_s = self._policy_s = 0.0
         self._accepted: Counter[int] = Counter()
         self._num_draft_tokens = 0
+        self._times = MeanTimes()
 
     def add(self, prompt: str | None, token_ids: list[int], params: SamplingParams, priority: int = 0) -> RequestOutput:
         """Queue a request; the RequestOutput is updated in place by `step` until it is finished.
@@ -117,6 +119,8 @@ class Engine:
 
     def abort(self, request: RequestOutput) -> None:
         """End a request now and free its blocks; a finished one is left as it is."""
+        if not request.finished and request.error is None:
+            request.error = "the request was aborted; add it again if it is still wanted"
         for completion in list(self._of_request.get(id(request), ())):
             self._finish(completion, "abort", None)
 
@@ -164,6 +168,7 @@ class Engine:
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=sum(length * count for length, count in self._accepted.items()),
             accepted_lengths=dict(sorted(self._accepted.items())),
+            **self._times.as_dict(),
         )
 
     def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
@@ -238,7 +243,9 @@ class Engine:
         for seq in list(self.scheduler.running):
             limit = min(self._max_draft, seq.max_tokens - seq.num_tokens - 1)
             completion = self._completions[seq]
-            if limit < 1 or seq.num_tokens - seq.num_computed != 1 or completion.params.logits_processors:
+            if limit < 1 or seq.num_tokens - seq.num_computed != 1:
+                continue
+            if completion.params.logits_processors or completion.siblings:
                 continue
             try:
                 draft = list(self._proposer.propose(seq, limit))[:limit]
@@ -395,6 +402,7 @@ class Engine:
         else:
             request.metrics.finished_time = time.perf_counter()
             request.finished = True
+            self._times.add(request.metrics)
             del self._of_request[id(request)]
 
     def _fail(self, completion: Completion, what: str, error: BaseException) -> None:

@@ -79,6 +79,31 @@ class RequestOutput:
 
 
 @dataclass
+class MeanTimes:
+    """Sums over finished requests, for the means of `EngineStats`; each is of seconds, and how many there were."""
+
+    num_finished: int = 0
+    queued: tuple[float, int] = (0.0, 0)
+    first: tuple[float, int] = (0.0, 0)
+    between: tuple[float, int] = (0.0, 0)
+
+    def add(self, metrics: RequestMetrics) -> None:
+        def and_these(total: tuple[float, int], seconds: list[float | None]) -> tuple[float, int]:
+            known = [each for each in seconds if each is not None]
+            return total[0] + sum(known), total[1] + len(known)
+
+        self.num_finished += 1
+        self.queued = and_these(self.queued, [metrics.queue_time])
+        self.first = and_these(self.first, [metrics.time_to_first_token])
+        self.between = and_these(self.between, metrics.inter_token_times)
+
+    def as_dict(self) -> dict[str, float | None]:
+        """The fields of `EngineStats` that these are."""
+        means = [seconds / count if count else None for seconds, count in (self.queued, self.first, self.between)]
+        return {"num_finished": self.num_finished, **dict(zip(("queue_s", "ttft_s", "inter_token_s"), means, strict=True))}
+
+
+@dataclass
 class EngineStats:
     """What the engine has done and holds; times in seconds, counts since it was made unless said otherwise."""
 
@@ -97,4 +122,8 @@ class EngineStats:
     num_drafts: int  # verified guesses of speculative decoding, in runs of several tokens
     num_draft_tokens: int
     num_accepted_tokens: int
+    num_finished: int  # requests; over these the next three are means, None where there is nothing to average
+    queue_s: float | None  # from arrival to the first step that computed something
+    ttft_s: float | None  # from arrival to the first token
+    inter_token_s: float | None  # from each step that gave a request tokens to the next
     accepted_lengths: dict[int, int] = field(default_factory=dict)  # accepted tokens of a draft -> drafts

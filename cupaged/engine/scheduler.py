@@ -31,6 +31,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_looked_up = self.num_found = 0  # tokens of admitted sequences; of them, found in the prefix cache
         self._arrivals = itertools.count()
+        self._refused: tuple[Sequence, int] | None = None  # who was not admitted last, and how many blocks were free then
 
     def add(self, seq: Sequence) -> None:
         self._number(seq)
@@ -58,8 +59,7 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """(sequence, number of tokens to compute) pairs; their blocks are allocated. Empty only when nothing is left to do.
 
-        The tokens are those of token_ids from num_computed on, then those of the draft: a draft is verified whole or, where
-        budget or pool do not reach, dropped.
+        The tokens are those of token_ids from num_computed on, then those of the draft, which is dropped where it has no room.
         """
         chosen: dict[Sequence, int] = {}
         preempted: set[Sequence] = set()
@@ -68,7 +68,7 @@ class Scheduler:
             missing = len(seq.token_ids) - seq.num_computed
             if missing > 1:
                 prefills.append(seq)
-            elif missing and budget and not seq.draft and seq.num_computed < seq.num_writable:  # most decodes
+            elif missing and budget and seq.num_computed < seq.num_writable:  # most decodes
                 chosen[seq] = 1
                 budget -= 1
             else:
@@ -76,19 +76,16 @@ class Scheduler:
         for seq in prefills:
             if seq not in preempted:
                 budget = self._choose(seq, budget, chosen, preempted)
-        # Whoever had to leave in this step does not come back in it.
-        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if not self.blocks.admit(seq):
-                break
-            if seq.num_cached < 0:  # else it finds what it computed itself before it was preempted
-                seq.num_cached = seq.num_computed
-                self.num_looked_up += seq.num_tokens
-                self.num_found += seq.num_computed
-            bisect.insort(self.running, seq, key=_rank)
-            del self.waiting[0]
-            chosen[seq] = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
-            budget -= chosen[seq]
+        if not preempted:  # whoever had to leave in this step does not come back in it
+            budget = self._admit(budget, chosen)
+        for seq in self.running:
+            # Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all.
+            count = chosen.get(seq, 0) + len(seq.draft)
+            if seq.draft and len(seq.draft) <= budget and seq in chosen and self.blocks.grow(seq, seq.num_computed + count):
+                chosen[seq] = count
+                budget -= len(seq.draft)
+            else:
+                seq.draft.clear()
         return list(chosen.items())
 
     def recover(self, others: Iterable[Sequence] = ()) -> None:
@@ -103,19 +100,29 @@ class Scheduler:
             seq.draft.clear()
             self.blocks.release(seq)
 
+    def _admit(self, budget: int, chosen: dict[Sequence, int]) -> int:
+        """Let waiting sequences run, in order, as far as `budget` and the pool reach; what is left of the budget."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if self._refused == (seq, self.blocks.num_free) or not self.blocks.admit(seq):
+                self._refused = (seq, self.blocks.num_free)  # a long prompt is not looked up in vain at every step
+                break
+            if seq.num_cached < 0:  # else it finds what it computed itself before it was preempted
+                seq.num_cached = seq.num_computed
+                self.num_looked_up += seq.num_tokens
+                self.num_found += seq.num_computed
+            bisect.insort(self.running, seq, key=_rank)
+            del self.waiting[0]
+            chosen[seq] = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
+            budget -= chosen[seq]
+        return budget
+
     def _choose(self, seq: Sequence, budget: int, chosen: dict[Sequence, int], preempted: set[Sequence]) -> int:
         """Choose a running sequence with as many tokens as `budget` has, at the cost of later ones; what is left of it."""
-        computed, missing, grow = seq.num_computed, seq.num_tokens - seq.num_computed, self.blocks.grow
-        if seq.draft:
-            count = missing + len(seq.draft)
-            if count <= budget and grow(seq, computed + count):
-                chosen[seq] = count
-                return budget - count
-            seq.draft.clear()
-        count = min(missing, budget, seq.max_chunk or budget)
+        count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
         if count == 0:
             return budget
-        while not grow(seq, computed + count):
+        while not self.blocks.grow(seq, seq.num_computed + count):
             victim = self._preempt_last()
             preempted.add(victim)
             budget += chosen.pop(victim, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -115,6 +115,44 @@ def _is_number(value: object, least: float, most: float) -> bool:
     return number and least <= value <= most
 
 
+class SeenTokens:
+    """The distinct tokens of a prompt and what follows it, and how often each was generated: as arrays, for penalties."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._place = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt))}
+        self._ids = np.array(list(self._place), np.int32)
+        self._counts = np.zeros(len(self._place), np.int32)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [n]"""
+        return self._ids[: len(self)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int32 [n]: times generated, 0 for what is only in the prompt."""
+        return self._counts[: len(self)]
+
+    def add(self, token_id: int) -> None:
+        """One more was generated."""
+        place = self._place.setdefault(token_id, len(self))
+        if place == len(self._ids):  # room for as many again
+            self._ids, self._counts = (np.concatenate((a, np.zeros(len(a) + 8, np.int32))) for a in (self._ids, self._counts))
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def and_also(self, token_ids: Iterable[int]) -> SeenTokens:
+        """A copy with more of them."""
+        copy = SeenTokens(())
+        copy._place, copy._ids, copy._counts = dict(self._place), self._ids.copy(), self._counts.copy()
+        for token_id in token_ids:
+            copy.add(token_id)
+        return copy
+
+
 @dataclass
 class SamplingRow:
     """What one row of logits is sampled under."""
@@ -123,7 +161,7 @@ class SamplingRow:
     seed: int  # the request's, drawn by the engine where params.seed is None; [0, 2^64)
     candidate: int  # which of params.n
     position: int  # of the token to be drawn
-    seen: Mapping[int, int]  # distinct tokens so far -> times generated (0: only in the prompt)
+    seen: SeenTokens | None  # None: no penalty asks for it
     bias: Mapping[int, float]  # distinct tokens -> what is added to their logits
 
 
@@ -137,9 +175,9 @@ def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list
     if any(row.seen for row in rows):
         ops.penalise(
             logits,
-            column(np.cumsum([0] + [len(row.seen) for row in rows]), np.int32),
-            column([token for row in rows for token in row.seen], np.int32),
-            column([count for row in rows for count in row.seen.values()], np.int32),
+            column(np.cumsum([0] + [len(row.seen or ()) for row in rows]), np.int32),
+            ops.upload(np.concatenate([row.seen.ids for row in rows if row.seen])),
+            ops.upload(np.concatenate([row.seen.counts for row in rows if row.seen])),
             column([p.repetition_penalty for p in params], np.float32),
             column([p.presence_penalty for p in params], np.float32),
             column([p.frequency_penalty for p in params], np.float32),

@@ -82,7 +82,7 @@ def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch,
     pool = KVPool(ops, config, kv_dtype, 8, 16)
     for tokens, lengths in (([range(40), range(7)], [40, 7]), ([[5], [6]], [41, 8])):
         logits = model.forward(batch(tokens, lengths), pool.k, pool.v, pool.scales)
-        sample(ops, logits, [SamplingRow(SamplingParams(), 1, 0, 50, {}, ())] * 2)
+        sample(ops, logits, [SamplingRow(SamplingParams(), 1, 0, 50, None, {})] * 2)
 
     def names(variants):
         return {(source, name, *sorted(defines.items())) for source, name, defines in variants}
