@@ -79,7 +79,7 @@ def shared_prefixes(
         everything = int(seq_lens.sum(dtype=np.int64)) * num_kv_heads * 2 * head_dim * kv_bytes
         return not only_if_it_pays or everything > (everything - saved) * L2_PER_MEMORY + LAUNCH_BYTES
 
-    # Most batches share too little, and that shows at once: in which neighbours begin with the same block, and how long they are.
+    # Most batches share too little, and that shows at once, by the neighbours that begin with the same block.
     first_blocks = np.full(seq_lens.size, -1, np.int64)
     first_blocks[most > 0] = page_indices[page_indptr[:-1][most > 0]]
     joins = np.zeros(seq_lens.size, bool)
