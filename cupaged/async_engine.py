@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from cupaged.engine.outputs import RequestOutput
+from cupaged.engine.outputs import EngineStats, RequestOutput
 from cupaged.errors import CupagedError, InvalidArgument
 from cupaged.model.sampling import SamplingParams
 
@@ -109,6 +109,25 @@ class AsyncEngine:
 
         self._calls.put(end)
         await done.wait()
+
+    async def check(self) -> None:
+        """CupagedError where the engine is closed or has stopped."""
+        self._check_open()
+
+    async def stats(self) -> EngineStats:
+        """`LLM.stats`, between two steps. CupagedError where the engine is closed or has stopped."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        if self._thread is None:  # nothing has been asked of it yet
+            return self.llm.stats()
+        future = loop.create_future()
+
+        def count() -> None:
+            stats = self.llm.stats()
+            self._tell(lambda: future.done() or future.set_result(stats))
+
+        self._calls.put(count)
+        return await future
 
     async def close(self) -> None:
         """End all requests, whose readers get what there is with finish_reason "abort", and the thread.

@@ -132,6 +132,8 @@ def _result(llm: LLM, request: _Request, outputs: list[RequestOutput]) -> dict[s
 def _start(llm: LLM, request: _Request) -> list[RequestOutput]:
     if request.error is not None:
         raise InvalidArgument(request.error)
+    if request.body.get("stream"):
+        raise InvalidArgument("stream is asked for, and a batch has no place for it; leave it out")
     # Without a seed of its own a request gets one that is always the same: a run can be repeated, and taken up again, exactly.
     prompts, params = parse(llm, request.url, request.body, seed=int(request.id[:15], 16))
     outputs: list[RequestOutput] = []

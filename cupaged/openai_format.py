@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cupaged.errors import InvalidArgument
+from cupaged.structured import constraint
 
 if TYPE_CHECKING:
     from cupaged.engine.outputs import CompletionOutput, Logprob, RequestOutput
@@ -41,10 +42,8 @@ SAMPLING = (
 )
 # field -> the values beside null that ask for nothing
 _REFUSED: dict[str, tuple] = {
-    "stream": (False,),
     "tools": ([],),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -78,6 +77,9 @@ def parse(llm: LLM, url: str, body: dict[str, Any], seed: int | None = None) -> 
     else:
         prompts = _prompts(given.get("prompt"))
         values.setdefault("max_tokens", COMPLETION_TOKENS)
+    if "response_format" in given:
+        limited = constraint(llm, given["response_format"])
+        values["logits_processors"] = [] if limited is None else [limited]
     params = llm.default_sampling_params(**values)
     if params.n > MAX_N:
         raise InvalidArgument(f"n is {params.n}; give at most {MAX_N}")
@@ -96,21 +98,78 @@ def answer(url: str, body: dict[str, Any], outputs: Sequence[RequestOutput], req
                 choice["text"] = completion.text
             choice["logprobs"] = None if num_logprobs is None else _logprobs(url, completion, num_logprobs)
             choices.append({**choice, "finish_reason": completion.finish_reason})
+    kind = "chat.completion" if url == CHAT else "text_completion"
+    return {**_head(url, kind, request_id, body.get("model") or model), "choices": choices, "usage": usage(outputs)}
+
+
+class Chunks:
+    """The pieces of a streamed answer, as the outputs of a request's prompts grow.
+
+    The first piece of a chat's choice names the role, the last one of every choice its finish_reason.
+    """
+
+    def __init__(self, url: str, body: dict[str, Any], request_id: str, model: str) -> None:
+        self._url, self._num_logprobs = url, _num_logprobs(url, body)
+        kind = "chat.completion.chunk" if url == CHAT else "text_completion"
+        self._head = _head(url, kind, request_id, body.get("model") or model)
+        self._usage = {"usage": None} if (body.get("stream_options") or {}).get("include_usage") else {}
+        self._shown: dict[int, tuple[int, int]] = {}  # by choice: characters, tokens
+        self._ended: set[int] = set()
+        self._outputs: dict[int, RequestOutput] = {}
+
+    def of(self, number: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """What is new in the output of prompt `number`."""
+        self._outputs[number] = output
+        chunks = []
+        for completion in output.outputs:
+            index = number * len(output.outputs) + completion.index
+            if index in self._ended:
+                continue
+            num_shown, num_tokens = self._shown.get(index, (0, 0))
+            text = completion.text[num_shown:]
+            logprobs = None
+            if self._num_logprobs is not None and len(completion.token_ids) > num_tokens:
+                logprobs = _logprobs(self._url, completion, self._num_logprobs, num_tokens)
+            if index not in self._shown and self._url == CHAT:
+                chunks.append(self._chunk(index, {"delta": {"role": "assistant", "content": ""}}))
+            if text or logprobs:
+                chunks.append(self._chunk(index, self._content(text), logprobs))
+            if completion.finish_reason is not None:
+                self._ended.add(index)
+                nothing = {"delta": {}} if self._url == CHAT else {"text": ""}
+                chunks.append(self._chunk(index, nothing, finish_reason=completion.finish_reason))
+            self._shown[index] = (len(completion.text), len(completion.token_ids))
+        return chunks
+
+    def last(self) -> list[dict[str, Any]]:
+        """The usage, if it was asked for."""
+        return [{**self._head, "choices": [], "usage": usage(list(self._outputs.values()))}] if self._usage else []
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}} if self._url == CHAT else {"text": text}
+
+    def _chunk(
+        self, index: int, content: dict[str, Any], logprobs: dict | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._head, "choices": [choice], **self._usage}
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Tokens read and written for the outputs of all prompts of a request."""
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {
-        "id": f"{'chatcmpl' if url == CHAT else 'cmpl'}-{request_id}",
-        "object": "chat.completion" if url == CHAT else "text_completion",
-        "created": int(time.time()),
-        "model": body.get("model") or model,
-        "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
-        },
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
     }
+
+
+def _head(url: str, kind: str, request_id: str, model: str) -> dict[str, Any]:
+    prefix = "chatcmpl" if url == CHAT else "cmpl"
+    return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model}
 
 
 # ---- what is asked
@@ -179,12 +238,14 @@ def _shown(value: object) -> str:
 # ---- what is answered
 
 
-def _logprobs(url: str, completion: CompletionOutput, count: int) -> dict[str, Any]:
+def _logprobs(url: str, completion: CompletionOutput, count: int, first: int = 0) -> dict[str, Any]:
+    """Of the tokens from number `first` on."""
+
     def by_rank(step: dict[int, Logprob]) -> list[Logprob]:
         return sorted(step.values(), key=lambda entry: entry.rank)
 
-    steps = completion.logprobs
-    chosen = [step[token_id] for step, token_id in zip(steps, completion.token_ids, strict=True)]
+    steps = completion.logprobs[first:]
+    chosen = [step[token_id] for step, token_id in zip(steps, completion.token_ids[first:], strict=True)]
     if url == CHAT:
 
         def entry(logprob: Logprob) -> dict[str, Any]:
@@ -198,7 +259,8 @@ def _logprobs(url: str, completion: CompletionOutput, count: int) -> dict[str, A
                 for own, step in zip(chosen, steps, strict=True)
             ]
         }
-    offsets = [0]
+    before = zip(completion.logprobs[:first], completion.token_ids[:first], strict=True)
+    offsets = [sum(len(step[token_id].decoded_token) for step, token_id in before)]
     for own in chosen:
         offsets.append(offsets[-1] + len(own.decoded_token))
     return {

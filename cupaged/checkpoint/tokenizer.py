@@ -93,6 +93,10 @@ class Tokenizer:
         """A decoder for ids that arrive one by one."""
         return DecodeStream(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
 
+    def to_json(self) -> str:
+        """What tokenizer.json says, for libraries that read it too."""
+        return self._tokenizer.to_str()
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its exact name; None if there is none."""
         return self._tokenizer.token_to_id(token)

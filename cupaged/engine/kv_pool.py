@@ -36,11 +36,11 @@ class KVPool:
         self.by_block = [self.k, self.v] + ([self.scales] if kv_dtype == "int8" else [])
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "kv_memory") -> int:
     """4096, "4096", "24MB" (10^6), "24MiB" (2^20), "1.5GB" -> bytes."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS:
-        raise InvalidArgument(f"kv_memory is {size!r}; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+        raise InvalidArgument(f"{name} is {size!r}; give bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
