@@ -44,6 +44,13 @@ Until all is done the answers are in OUT.jsonl.partial. However a run has ended,
 computes no answer twice, errors included; to compute all anew, delete OUT.jsonl and OUT.jsonl.partial."""
 
 
+_SERVE_FORMAT = """\
+Bodies are OpenAI's: messages or prompt, model, stream and stream_options, n, temperature, top_p, max_tokens,
+max_completion_tokens, stop, seed, presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs, response_format
+(json_object, json_schema), and vLLM's top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
+skip_special_tokens. Unknown fields are ignored, tools are refused. SIGTERM and Ctrl-C let running requests finish, for 30 s."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InvalidArgument(f"{message}; see `{self.prog} --help`")
@@ -64,7 +71,9 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, summary: str, **kwargs: object) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
+        *above, last = name.split()
+        among = bench if above else subparsers
+        sub = among.add_parser(last, help=summary, description=summary, allow_abbrev=False, **kwargs)
         sub.set_defaults(run=commands[name])
         level = sub.add_mutually_exclusive_group()
         level.add_argument("-v", "--verbose", action="count", default=0, help="say what happens; -vv: tracebacks too")
@@ -98,8 +107,9 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub = command("chat", "Talk with a model in the terminal; /help there lists what can be typed.")
     sub.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
     sub.add_argument(
-        "--stats", action="store_true", help="after each answer: prompt tokens, cached tokens and speed, on stderr"
+        "--stats", action="store_true", help="after each answer: prompt and cached tokens, speed, context used; on stderr"
     )
+    sub.add_argument("--plain", action="store_true", help="answers on a terminal as they are, not rendered as Markdown")
     _add_model_options(sub)
     _add_sampling_options(sub)
 
@@ -116,6 +126,35 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     )
     _add_model_options(sub, kv_memory="room for all --max-num-seqs, within a quarter of the free memory, or 90%% of a GPU's")
 
+    sub = command(
+        "serve",
+        "Serve a model over HTTP as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.",
+        epilog=_SERVE_FORMAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = sub.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0: all)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default: 8000; 0: any)")
+    group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL's last part)")
+    group.add_argument("--api-key", metavar="KEY", help="that requests must carry (default: $CUPAGED_API_KEY, else none)")
+    group.add_argument(
+        "--allow-origin", action="append", metavar="URL", help="web pages that may call (CORS); may be given several times"
+    )
+    group.add_argument(
+        "--max-requests",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="running and waiting at a time; more get 429 (default: 1024)",
+    )
+    group.add_argument("--max-body", default="16MiB", metavar="SIZE", help="of a request; more gets 413 (default: 16MiB)")
+    group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds a request may take (default: 600)")
+    group.add_argument(
+        "--max-num-seqs", type=int, default=64, metavar="N", help="sequences computed at a time, at most (default: 64)"
+    )
+    kv_memory = "room for all --max-num-seqs, within a quarter of the free memory, or 90%% of a GPU's"
+    _add_model_options(sub, kv_memory, positional=True)
+
     sub = command("fetch", "Download a model if it is not there yet, and print its folder.")
     sub.add_argument("model", metavar="NAME", help=f"a known name ({DEFAULT_MODEL}) or ORG/NAME on the Hugging Face hub")
 
@@ -125,25 +164,82 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="as for generate (default: auto)")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
-    sub = command("bench", "Measure this machine; figures stand beside the machine's own limits, taken in the same run.")
-    sub.add_argument("what", choices=["generate"], help="generate: prefill, decode, start-up and memory of one request")
-    sub.add_argument(
-        "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
-    )
+    summary = "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
+    sub = subparsers.add_parser("bench", help=summary, description=summary, allow_abbrev=False)
+    bench = sub.add_subparsers(metavar="WHAT", required=True)
+
+    sub = command("bench generate", "One request: start-up, memory, prefill, decode, and where the time of a decode step goes.")
+    _add_result_options(sub, "decode_step_<gpu|cpu>.png, where the time of a decode step goes")
     sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
     sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
     sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
     _add_model_options(sub, kv_memory=None)
+
+    sub = command("bench serving", "Many requests at once: throughput, what each waits, and what the scheduler itself costs.")
+    _add_result_options(sub, "serving_<gpu|cpu>.png, throughput over the time between tokens")
+    add = sub.add_argument
+    add("--concurrency", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N", help="closed loops (default: 1 8 64 256)")
+    add("--rate", type=float, nargs="*", default=[], metavar="X", help="Poisson arrivals, requests a second (default: none)")
+    add("--requests", type=int, metavar="N", help="of each case (default: twice the concurrency; of a rate, for 30 s)")
+    add("--prompt-tokens", type=int, default=256, metavar="N", help="of a prompt, on average (default: 256)")
+    add("--tokens", type=int, default=128, metavar="N", help="of an answer, on average (default: 128)")
+    add(
+        "--spread",
+        type=float,
+        default=0.7,
+        metavar="X",
+        help="of both: deviation of the logarithm; 0: all alike (default: 0.7)",
+    )
+    add("--policy-only", action="store_true", help="the scheduler alone, at 256 sequences; no model, no file")
+    _add_model_options(sub, kv_memory=None, others="; with random weights tiny, 7b, 8b or 13b")
+    add = sub.add_argument_group("engine").add_argument
+    add(
+        "--load-format",
+        default="auto",
+        choices=["auto", "dummy"],
+        help="dummy: random weights, the model's config.json suffices",
+    )
+    add("--kv-memory", metavar="SIZE", help="of the KV pool: 512MB, 2GiB or bytes (default: room for all at once, if it fits)")
+    add("--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 2048 on a GPU)")
+    add("--max-num-seqs", type=int, metavar="N", help="sequences of a step (default: the largest concurrency, of a rate 256)")
+
+    sub = command("bench plot", "Draw result files, without measuring; prints the path of each picture.")
+    sub.add_argument(
+        "results",
+        nargs="+",
+        metavar="RESULT.json",
+        help="of `bench generate`, `bench serving` or scripts/bench_attention.py; the picture is written beside it",
+    )
     return parser
 
 
-def _add_model_options(parser: argparse.ArgumentParser, kv_memory: str | None = "one whole context") -> None:
-    """`kv_memory`: what the pool's memory is by default; None: the command decides on the pool."""
+def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
+    parser.add_argument(
+        "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
+    )
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help=f"draw {picture}, in FOLDER (default: that of --output, or the current one); needs matplotlib",
+    )
+
+
+def _add_model_options(
+    parser: argparse.ArgumentParser, kv_memory: str | None = "one whole context", others: str = "", positional: bool = False
+) -> None:
+    """`kv_memory`: what the pool's memory is by default; None: the command decides on the pool. `others`: further models.
+
+    `positional`: the model is named without --model.
+    """
     group = parser.add_argument_group("model and device")
     group.add_argument(
-        "--model",
+        *(["model"] if positional else ["--model"]),
+        **({"nargs": "?", "metavar": "MODEL"} if positional else {}),
         default=DEFAULT_MODEL,
-        help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
+        help=f"known name, Hugging Face folder, or ORG/NAME on the hub{others} (default: {DEFAULT_MODEL})",
     )
     group.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"

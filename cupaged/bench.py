@@ -3,7 +3,7 @@
 A decoded token reads every weight once and the K/V of its sequence once, so the limit of decode is memory bandwidth, and
 its share is (bytes a token) x (tokens a second) / (bytes a second that plain reads reach). A prefilled token multiplies every
 weight once: its share is 2 x (weights) x (tokens a second) over what one large matrix product reaches. Both limits are
-measured in the same run.
+measured in the same run. Where the time of a decoded token goes is measured too, by kind of operation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
 
 SWEEP_BYTES = 2**31  # several times the largest caches
 PROMPT = "What is the capital of France?"
+KINDS = {  # operation -> what it counts as in a step; the product that gives the logits is a kind of its own
+    "linear": "linear",
+    "paged_attention": "attention",
+    "rope_append": "rope and append",
+    "rms_norm": "norm",
+    "swiglu": "swiglu and add",
+    "add": "swiglu and add",
+    "embedding": "embedding and copies",
+    "index": "embedding and copies",
+    "upload": "embedding and copies",
+    "sample": "sampling",
+    "download": "sampling",
+}
+LOGITS, OUTSIDE = "logits", "outside the operations"
 
 
 def bench_generate(
@@ -49,14 +64,16 @@ def bench_generate(
     A result is {"machine": ..., "limit_tbps": ..., "limit_tflops": ..., "date": ..., "rows": [...]}.
 
     Rows: time from process start to the first byte on stdout and that process's peak memory (a fresh `cupaged generate`),
-    prefill of `prompt_tokens` fresh random tokens, decode of `tokens` after them; medians of `runs` after one warm-up.
+    prefill of `prompt_tokens` fresh random tokens, decode of `tokens` after them; medians of `runs` after one warm-up. Then one
+    step of such a decode, its share that of the floor (its bytes at the read limit), and each kind of operation in it with its
+    share of the step, as `decode_step` says.
     """
     from cupaged import LLM, SamplingParams
     from cupaged.checkpoint.fetch import resolve
     from cupaged.engine.dtypes import bytes_of
 
     for name, value in (("runs", runs), ("prompt_tokens", prompt_tokens), ("tokens", tokens)):
-        if value < (2 if name == "tokens" else 1):
+        if value < (3 if name == "tokens" else 1):
             raise InvalidArgument(f"{name} is {value}; give a larger number")
     rows: list[dict] = []
 
@@ -103,6 +120,7 @@ def bench_generate(
         metrics = llm.generate({"prompt_token_ids": ids}, params)[0].metrics
         prefill.append(metrics.prefill_tok_s)
         decode.append(metrics.decode_tok_s)
+    step_ms, kinds = decode_step(llm, rng.integers(0, llm.config.vocab_size, prompt_tokens).tolist(), tokens)
     # Once more: other tenants of the machine come and go, and a limit is the best that was seen.
     bytes_per_s = max(bytes_per_s, read_limit(llm.device, weight_bytes, threads))
     flop_per_s = max(flop_per_s, product_limit(llm, threads))
@@ -111,6 +129,9 @@ def bench_generate(
     add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weights * prefill_tok_s / flop_per_s)
     bytes_per_token = weight_bytes + kv_bytes * (prompt_tokens + tokens / 2)
     add(f"decode {tokens} after {prompt_tokens}", tok_s=decode_tok_s, share=bytes_per_token * decode_tok_s / bytes_per_s)
+    add("decode step", ms=step_ms, share=bytes_per_token / bytes_per_s / (step_ms / 1e3))
+    for kind, ms in kinds.items():
+        add(f"decode step {kind}", ms=ms, share=ms / step_ms)
     return {
         "machine": machine(llm.device, threads),
         "limit_tbps": bytes_per_s / 1e12,
@@ -130,6 +151,91 @@ def weight_and_kv_bytes(llm: LLM) -> tuple[int, int]:
     if not llm.config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
         count -= int(np.prod(shapes["model.embed_tokens.weight"]))
     return count * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+
+
+# ---- one step, by kind of operation
+
+
+def decode_step(llm: LLM, token_ids: list[int], tokens: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a step that decodes one token, and of each kind of operation in it: together they are the step.
+
+    One request is decoded: `tokens` after `token_ids`. Every other step has its operations timed call by call, those between
+    run as always, so that both see the same lengths and the same machine. The step is the median of the latter. A kind is the
+    median, over the former, of the sum of its calls; OUTSIDE is what they leave of the step: Python between the calls,
+    scheduling, text. What the timing itself takes lies between the calls, on a GPU in part within them. Where that or noise
+    makes the kinds more than the step, they are scaled down to it and OUTSIDE is 0.
+    """
+    from cupaged import SamplingParams
+
+    model = llm.engine.model
+    ops, steps, timed = model.ops, [], []
+    request = llm.add({"prompt_token_ids": token_ids}, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+    try:
+        while not request.finished:
+            decodes = request.metrics.num_generated_tokens > 0
+            recorder = _Recorder(ops, llm.device) if decodes and len(steps) > len(timed) else None
+            model.ops = recorder or ops
+            start = time.perf_counter()
+            llm.step()
+            if recorder is not None:
+                timed.append(recorder.milliseconds())
+            elif decodes:
+                steps.append(1e3 * (time.perf_counter() - start))
+    finally:
+        model.ops = ops
+    if request.error is not None:
+        raise CupagedError(request.error)
+    step = statistics.median(steps)
+    kinds = {kind: statistics.median(each[kind] for each in timed) for kind in timed[0]}
+    scale = min(1.0, step / sum(kinds.values()))
+    kinds = {kind: ms * scale for kind, ms in kinds.items()}
+    return step, {**kinds, OUTSIDE: max(step - sum(kinds.values()), 0.0)}
+
+
+class _Recorder:
+    """Stands in for the ops module of a model and notes when each operation of KINDS began and ended.
+
+    On the CPU by the clock; on a GPU by events on the stream around the call, read once the step is over. The time between
+    those is the device's, and the host's where the device waits for what the call is to launch.
+    """
+
+    def __init__(self, ops: ModuleType, device: str) -> None:
+        self._ops, self._cupy = ops, None
+        if device != "cpu":
+            import cupy
+
+            self._cupy = cupy
+        self._calls: list[tuple[str, Any, Any]] = []  # kind, marks before and after
+        for name, kind in KINDS.items():
+            setattr(self, name, self._noting(getattr(ops, name), kind))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def _noting(self, operation: Callable, kind: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self._mark()
+            result = operation(*args, **kwargs)
+            self._calls.append((LOGITS if "dtype" in kwargs and kind == "linear" else kind, before, self._mark()))
+            return result
+
+        return call
+
+    def _mark(self) -> Any:
+        if self._cupy is None:
+            return time.perf_counter()
+        event = self._cupy.cuda.Event()
+        event.record()
+        return event
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of all calls so far, by kind."""
+        sums = dict.fromkeys((KINDS["linear"], LOGITS, *KINDS.values()), 0.0)  # what reads weights first
+        if self._cupy is not None:
+            self._calls[-1][-1].synchronize()
+        for kind, before, after in self._calls:
+            sums[kind] += self._cupy.cuda.get_elapsed_time(before, after) if self._cupy else 1e3 * (after - before)
+        return sums
 
 
 # ---- a fresh process
@@ -246,20 +352,43 @@ def machine(device: str, threads: int | None) -> str:
 
 def format_row(row: dict) -> str:
     """One line of the table."""
-    unit, text = next((u, t) for u, t in (("tok_s", "tok/s"), ("s", "s"), ("gb", "GB")) if u in row)
-    share = f"{row['share']:7.0%} of the limit" if "share" in row else ""
-    return f"{row['case']:60} {row[unit]:10.2f} {text:6}{share}".rstrip()
+    unit, text = next((u, t) for u, t in (("tok_s", "tok/s"), ("s", "s"), ("ms", "ms"), ("gb", "GB")) if u in row)
+    whole = "step" if " decode step " in row["case"] else "limit"
+    share = f"{row['share']:7.1%} of the {whole}" if "share" in row else ""
+    return f"{row['case']:66} {row[unit]:10.2f} {text:6}{share}".rstrip()
+
+
+def usual_name(result: dict, what: str = "generate") -> str:
+    """What the file of a result is called: <what>_<gpu|cpu>.json, but cpu.json for generate's."""
+    if " threads, " in result["machine"]:
+        return "cpu.json" if what == "generate" else f"{what}_cpu.json"
+    return f"{what}_{result['machine'].removeprefix('NVIDIA ').split()[0].lower()}.json"
 
 
 def save(result: dict, output: str, what: str = "generate") -> Path:
-    """Write a result file; a folder gets it under the usual name: <what>_<gpu|cpu>.json, but cpu.json for generate's."""
+    """Write a result file; a folder gets it under its usual name."""
     path = Path(output)
     if path.is_dir():
-        on_cpu = " threads, " in result["machine"]
-        gpu = result["machine"].removeprefix("NVIDIA ").split()[0].lower()
-        path /= ("cpu.json" if what == "generate" else f"{what}_cpu.json") if on_cpu else f"{what}_{gpu}.json"
-    try:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgument(f"cannot write {path}: {error.strerror}; give --output a file in a folder that exists") from error
+        path /= usual_name(result, what)
+    write_whole(path, (json.dumps(result, indent=2) + "\n").encode(), "give --output a file in a folder that exists")
     return path
+
+
+def write_whole(path: Path, data: bytes, remedy: str) -> None:
+    """Write a file such that under its name there is all of it or what was there before; InvalidArgument where that fails.
+
+    What is there and no plain file, like /dev/stdout, is written to as it is.
+    """
+    target = path.resolve()  # a link stays one
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        try:
+            part.write_bytes(data)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InvalidArgument(f"cannot write {path}: {error.strerror}; {remedy}") from error

@@ -7,15 +7,17 @@ Prompts are random tokens; lengths are drawn fresh from a log-normal distributio
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
 import math
 import random
 import statistics
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,16 @@ def write_geometry(folder: Path, name: str) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@contextlib.contextmanager
+def geometry_or_model(name: str) -> Iterator[tuple[str, str]]:
+    """The (model, load_format) for LLM: of one of GEOMETRIES a folder that lasts as long as the context, else the name."""
+    if name not in GEOMETRIES:
+        yield name, "auto"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_geometry(Path(folder) / name, name)), "dummy"
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _chat(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
     system = _text(args.system, "--system")
     llm = _load(args)
-    chat(llm, _params(llm, sampling), write, system=system, stats=args.stats)
+    chat(llm, _params(llm, sampling), write, system=system, stats=args.stats, plain=args.plain)
 
 
 def _batch(args: argparse.Namespace) -> None:
@@ -174,6 +174,28 @@ def _batch(args: argparse.Namespace) -> None:
     logger.warning("wrote %s: %d answers and %d errors%s", args.output, answered, summary.failed, done)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    from cupaged.engine.kv_pool import parse_bytes
+
+    try:
+        from cupaged.server import ServerOptions, listen, serve
+    except ImportError as error:
+        raise CupagedError(f"`serve` needs {error.name}, which is not installed; pip install 'cupaged[serve]'") from error
+    if args.max_num_seqs < 1:
+        raise InvalidArgument(f"--max-num-seqs is {args.max_num_seqs}; give a whole number of at least 1")
+    name, key = _text(args.served_model_name, "--served-model-name"), _text(args.api_key, "--api-key")
+    options = ServerOptions(
+        name=name or os.path.basename(args.model.rstrip("/\\")),
+        api_key=os.environ.get("CUPAGED_API_KEY") or None if key is None else key,
+        max_requests=args.max_requests,
+        max_body_bytes=parse_bytes(args.max_body, "--max-body"),
+        timeout=args.timeout,
+        allowed_origins=tuple(args.allow_origin or ()),
+    )
+    with contextlib.closing(listen(args.host, args.port)) as bound:
+        serve(_load(args, args.max_num_seqs), bound, options, access_log=args.verbose > 0)
+
+
 def _fetch(args: argparse.Namespace) -> None:
     from cupaged.checkpoint.fetch import resolve
 
@@ -187,11 +209,10 @@ def _info(args: argparse.Namespace) -> None:
     write((json.dumps(facts) if args.json else as_text(facts)) + "\n")
 
 
-def _bench(args: argparse.Namespace) -> None:
-    from cupaged.bench import bench_generate, format_row, save
+def _bench_generate(args: argparse.Namespace) -> None:
+    from cupaged.bench import bench_generate, format_row
 
-    if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):  # now, not after a minute
-        raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
+    _check_outputs(args)
     result = bench_generate(
         model=args.model,
         device=args.device,
@@ -203,11 +224,93 @@ def _bench(args: argparse.Namespace) -> None:
         tokens=args.tokens,
         report=lambda row: write(format_row(row) + "\n"),
     )
+    _keep(args, result, "generate")
+
+
+def _bench_serving(args: argparse.Namespace) -> None:
+    from cupaged import LLM, bench_serving
+
+    _check_outputs(args)
+    lengths = bench_serving.Lengths(args.prompt_tokens, args.tokens, args.spread)
+    if args.policy_only:
+        write(bench_serving.format_row(bench_serving.bench_policy()) + "\n")
+        return
+    with bench_serving.geometry_or_model(args.model) as (model, load_format):
+        llm = LLM(
+            model,
+            device=args.device,
+            dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
+            kv_memory=args.kv_memory,
+            threads=args.threads,
+            block_size=args.block_size,
+            max_model_len=lengths.longest,
+            max_num_seqs=args.max_num_seqs or max([*args.concurrency, *([256] if args.rate else [])], default=1),
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            load_format="dummy" if "dummy" in (load_format, args.load_format) else "auto",
+        )
+        policy = bench_serving.bench_policy()
+        write(f"{bench_serving.format_row(policy)}\n{bench_serving.HEADER}\n")
+        result = bench_serving.bench_serving(
+            llm,
+            args.concurrency,
+            args.rate,
+            args.requests,
+            lengths,
+            args.threads,
+            report=lambda row: write(bench_serving.format_row(row) + "\n"),
+        )
+    result["rows"].insert(0, policy)
+    _keep(args, result, "serving")
+
+
+def _bench_plot(args: argparse.Namespace) -> None:
+    from cupaged.plots import draw, read_result
+
+    for path, result in [(path, read_result(path)) for path in args.results]:  # all are read before one is drawn
+        write(f"{draw(result, path)}\n")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """What could not be written after minutes of measuring is refused now."""
+    if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
+    if args.plot is not None:
+        from cupaged.plots import check
+
+        check(_plot_folder(args))
+
+
+def _plot_folder(args: argparse.Namespace) -> str:
+    if args.plot or args.output is None:
+        return args.plot or "."
+    return args.output if os.path.isdir(args.output) else os.path.dirname(args.output) or "."
+
+
+def _keep(args: argparse.Namespace, result: dict, what: str) -> None:
+    """Write what a bench found to where --output and --plot say."""
+    from cupaged.bench import save, usual_name
+
     if args.output is not None:
-        print(f"cupaged: wrote {save(result, args.output)}", file=sys.stderr)
+        print(f"cupaged: wrote {save(result, args.output, what)}", file=sys.stderr)
+    if args.plot is not None:
+        from cupaged.plots import draw
+
+        picture = draw(result, os.path.join(_plot_folder(args), usual_name(result, what)))
+        print(f"cupaged: wrote {picture}", file=sys.stderr)
 
 
-_COMMANDS = {"generate": _generate, "chat": _chat, "batch": _batch, "fetch": _fetch, "info": _info, "bench": _bench}
+_COMMANDS = {
+    "generate": _generate,
+    "chat": _chat,
+    "batch": _batch,
+    "serve": _serve,
+    "fetch": _fetch,
+    "info": _info,
+    "bench generate": _bench_generate,
+    "bench serving": _bench_serving,
+    "bench plot": _bench_plot,
+}
 
 
 # ---- from arguments to objects

@@ -125,7 +125,7 @@ class _Generation(_Shape):
 
 
 class _Completion(_Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[int] | list[str | list[int]]
     logprobs: int | None = None
 
 
@@ -431,6 +431,8 @@ def _error_response(error: Exception) -> Response:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before a model is loaded for it; InvalidArgument where that cannot be."""
+    if not 0 <= port <= 65535:
+        raise InvalidArgument(f"port is {port}; give one from 0 (any that is free) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)

@@ -27,16 +27,21 @@ def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
     assert set(result) == {"machine", "limit_tbps", "limit_tflops", "date", "rows"}
     assert 0 < result["limit_tbps"] < 10
     assert 0 < result["limit_tflops"] < 100
-    cases = ["process start to first token", "peak memory", "prefill 40", "decode 8 after 40"]
+    cases = ["process start to first token", "peak memory", "prefill 40", "decode 8 after 40", "decode step"]
+    kinds = dict.fromkeys(["linear", bench.LOGITS, *bench.KINDS.values(), bench.OUTSIDE])
+    cases += [f"decode step {kind}" for kind in kinds]
     assert [row["case"] for row in result["rows"]] == [f"tiny float32 {case}" for case in cases]
     assert [line.split("  ")[0] for line in out.splitlines()] == [row["case"] for row in result["rows"]]
-    start, memory, prefill, decode = result["rows"]
+    start, memory, prefill, decode, step, *parts = result["rows"]
     assert 0.05 < start["s"] < 30
     assert 0.02 < memory["gb"] < 2
     # what a token reads: all weights but the embedding (not tied), and the K/V of 40 + 8 / 2 tokens on average
     weights = 3 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 160 * 192 + 2 * 192) + 260 * 192 + 192
     moved = 4 * weights + 2 * 3 * 64 * 4 * 44
     assert math.isclose(decode["share"], moved * decode["tok_s"] / (result["limit_tbps"] * 1e12))
+    assert math.isclose(step["share"], moved / (result["limit_tbps"] * 1e12) / (step["ms"] / 1e3))
+    assert math.isclose(sum(row["ms"] for row in parts), step["ms"])
+    assert all(math.isclose(row["share"], row["ms"] / step["ms"]) for row in parts)
     assert math.isclose(prefill["share"], 2 * weights * prefill["tok_s"] / (result["limit_tflops"] * 1e12))
 
 

@@ -19,7 +19,7 @@ from cupaged.checkpoint.fetch import models_folder
 from cupaged.cli import main
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
-COMMANDS = ("generate", "chat", "batch", "fetch", "info", "bench")
+COMMANDS = ("generate", "chat", "batch", "serve", "fetch", "info", "bench")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of POSIX")
 
 
@@ -242,7 +242,7 @@ def test_smollm2_knows_the_capital_of_france(run):
     ("words", "says"),
     [
         ([], "COMMAND"),
-        (["serve"], "serve"),
+        (["serv"], "serv"),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "--prompt"),
         (["generate", "--prompt", "x", "--frobnicate"], "--frobnicate"),
         (
@@ -286,12 +286,16 @@ def test_smollm2_knows_the_capital_of_france(run):
         (["bench", "everything"], "everything"),
         (["bench", "generate", "--runs", "0"], "runs"),
         (["bench", "generate", "--output", "no/such/folder/x.json"], "no/such"),
+        (["bench", "generate", "--plot", "no/such/folder"], "no/such"),
+        (["bench", "serving", "--concurrency", "0"], "max_num_seqs is 0"),
+        (["bench", "serving", "--tokens", "1"], "tokens is 1"),
+        (["bench"], "WHAT"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(run, base, words, says):
     if words[:1] == ["info"]:
         words = [*words, base]
-    elif words and "serve" not in words:
+    elif words and "serv" not in words:
         words = [*words, "--model", base]
         words += [] if "--device" in words else ["--device", "cpu"]
     code, out, err = run(*words)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RESULTS = {"2 cores of a Xeon, float32": "cpu.json", "H200, bfloat16": "generate_h200.json"}
+RESULTS = {"2 cores of an EPYC, float32": "cpu.json", "H200, bfloat16": "generate_h200.json"}
 
 
 @pytest.mark.parametrize("machine", RESULTS)
