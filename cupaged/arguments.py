@@ -56,6 +56,12 @@ class _Parser(argparse.ArgumentParser):
         raise InvalidArgument(f"{message}; see `{self.prog} --help`")
 
 
+def whole_command(argv: list[str]) -> list[str]:
+    """The command line with what it leaves out: `bench` and its options alone are `bench generate`."""
+    bare = argv[:1] == ["bench"] and (len(argv) == 1 or (argv[1].startswith("-") and argv[1] not in ("-h", "--help")))
+    return ["bench", "generate", *argv[1:]] if bare else argv
+
+
 def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
     """The parser of the whole command line; the namespace it returns holds the chosen one of `commands` as `run`.
 
@@ -166,7 +172,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
 
     summary = "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
     sub = subparsers.add_parser("bench", help=summary, description=summary, allow_abbrev=False)
-    bench = sub.add_subparsers(metavar="WHAT", required=True)
+    bench = sub.add_subparsers(metavar="WHAT", required=True, title="what to measure (default: generate)")
 
     sub = command("bench generate", "One request: start-up, memory, prefill, decode, and where the time of a decode step goes.")
     _add_result_options(sub, "decode_step_<gpu|cpu>.png, where the time of a decode step goes")

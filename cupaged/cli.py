@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cupaged.arguments import SAMPLING, build_parser
+from cupaged.arguments import SAMPLING, build_parser, whole_command
 from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _prepare_streams()
         try:
-            args = build_parser(_COMMANDS).parse_args(argv)
+            args = build_parser(_COMMANDS).parse_args(whole_command(sys.argv[1:] if argv is None else argv))
         except SystemExit:  # argparse has printed the help or the version
             write("")
             return 0
@@ -178,7 +178,8 @@ def _serve(args: argparse.Namespace) -> None:
     from cupaged.engine.kv_pool import parse_bytes
 
     try:
-        from cupaged.server import ServerOptions, listen, serve
+        from cupaged.server import ServerOptions
+        from cupaged.server_process import listen, serve
     except ImportError as error:
         raise CupagedError(f"`serve` needs {error.name}, which is not installed; pip install 'cupaged[serve]'") from error
     if args.max_num_seqs < 1:

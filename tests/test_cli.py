@@ -289,7 +289,7 @@ def test_smollm2_knows_the_capital_of_france(run):
         (["bench", "generate", "--plot", "no/such/folder"], "no/such"),
         (["bench", "serving", "--concurrency", "0"], "max_num_seqs is 0"),
         (["bench", "serving", "--tokens", "1"], "tokens is 1"),
-        (["bench"], "WHAT"),
+        (["bench", "--runs", "0"], "runs"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(run, base, words, says):
