@@ -46,7 +46,7 @@ class ServerMetrics:
 
     def answered(self, path: str, status: int | None) -> None:
         """A request has its answer."""
-        self._answers.labels(path if path in _PATHS else "other", str(status)).inc()
+        self._answers.labels(path if path in _PATHS else "other", str(status or 499)).inc()
 
     def grown(self, output: RequestOutput) -> None:
         """An output has more tokens; its first ones count once."""
