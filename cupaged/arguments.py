@@ -48,7 +48,8 @@ _SERVE_FORMAT = """\
 Bodies are OpenAI's: messages or prompt, model, stream and stream_options, n, temperature, top_p, max_tokens,
 max_completion_tokens, stop, seed, presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs, response_format
 (json_object, json_schema), and vLLM's top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-skip_special_tokens. Unknown fields are ignored, tools are refused. SIGTERM and Ctrl-C let running requests finish, for 30 s."""
+skip_special_tokens. Unknown fields are ignored, tools are refused. SIGTERM and Ctrl-C let running requests
+finish, a second one ends them."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,6 +156,9 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     )
     group.add_argument("--max-body", default="16MiB", metavar="SIZE", help="of a request; more gets 413 (default: 16MiB)")
     group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds a request may take (default: 600)")
+    group.add_argument(
+        "--grace", type=float, default=30, metavar="S", help="seconds running requests get to finish at SIGTERM (default: 30)"
+    )
     group.add_argument(
         "--max-num-seqs", type=int, default=64, metavar="N", help="sequences computed at a time, at most (default: 64)"
     )

@@ -191,6 +191,7 @@ def _serve(args: argparse.Namespace) -> None:
         max_requests=args.max_requests,
         max_body_bytes=parse_bytes(args.max_body, "--max-body"),
         timeout=args.timeout,
+        grace=args.grace,
         allowed_origins=tuple(args.allow_origin or ()),
     )
     with contextlib.closing(listen(args.host, args.port)) as bound:

@@ -55,6 +55,7 @@ class ServerOptions:
         max_requests: at a time, running and waiting; more get 429.
         max_body_bytes: of a request; more gets 413.
         timeout: seconds that a request may take.
+        grace: seconds that running requests get when the server is told to end.
         allowed_origins: of web pages whose scripts may call (CORS).
     """
 
@@ -63,10 +64,11 @@ class ServerOptions:
     max_requests: int = 1024
     max_body_bytes: int = 16 << 20
     timeout: float = 600.0
+    grace: float = 30.0
     allowed_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("max_requests", 1), ("max_body_bytes", 1), ("timeout", 0.001)):
+        for name, least in (("max_requests", 1), ("max_body_bytes", 1), ("timeout", 0.001), ("grace", 0)):
             if not getattr(self, name) >= least:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}; give at least {least}")
         if self.api_key is not None and not self.api_key.strip():

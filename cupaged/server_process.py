@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from cupaged.llm import LLM
 
 logger = logging.getLogger("cupaged")
-
-GRACE_SECONDS = 30  # that running requests get when the server is told to end
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -45,7 +43,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(llm: LLM, bound: socket.socket, options: ServerOptions, access_log: bool = False) -> None:
-    """Serve until SIGTERM or Ctrl-C: then no more requests are taken and the running ones get GRACE_SECONDS to finish.
+    """Serve until SIGTERM or Ctrl-C: then no more requests are taken, and the running ones get `options.grace` to finish.
 
     A second signal ends them at once. KeyboardInterrupt is raised at the end if it was Ctrl-C.
     """
@@ -59,7 +57,7 @@ def serve(llm: LLM, bound: socket.socket, options: ServerOptions, access_log: bo
         lifespan="off",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=GRACE_SECONDS + 10,
+        timeout_graceful_shutdown=math.ceil(options.grace) + 10,
     )
     server = _Server(config, api)
     host, port = bound.getsockname()[:2]
@@ -103,10 +101,8 @@ class _Server(uvicorn.Server):
             await self.api.engine.close()
 
     async def _end_requests(self) -> None:
-        """After the grace time, or a second signal, what still runs is aborted, so that its clients are told."""
-        ends = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < ends and not self.force_exit:
-            await asyncio.sleep(0.1)
+        """After the grace time what still runs is aborted, so that its clients are told."""
+        await asyncio.sleep(self.api.options.grace)
         await self.api.engine.close()
 
 
