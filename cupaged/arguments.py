@@ -183,6 +183,13 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
     sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
     sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
+    sub.add_argument(
+        "--batch", type=int, nargs="+", metavar="B", help="measure only steps of B sequences at a time, and the prefill before"
+    )
+    sub.add_argument(
+        "--context", type=int, nargs="+", metavar="C", help="... of C tokens each; as many numbers as --batch, or one for all"
+    )
+    _add_load_format(sub)
     _add_model_options(sub, kv_memory=None)
 
     sub = command("bench serving", "Many requests at once: throughput, what each waits, and what the scheduler itself costs.")
@@ -201,14 +208,9 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
         help="of both: deviation of the logarithm; 0: all alike (default: 0.7)",
     )
     add("--policy-only", action="store_true", help="the scheduler alone, at 256 sequences; no model, no file")
-    _add_model_options(sub, kv_memory=None, others="; with random weights tiny, 7b, 8b or 13b")
+    _add_model_options(sub, kv_memory=None)
     add = sub.add_argument_group("engine").add_argument
-    add(
-        "--load-format",
-        default="auto",
-        choices=["auto", "dummy"],
-        help="dummy: random weights, the model's config.json suffices",
-    )
+    _add_load_format(sub)
     add("--kv-memory", metavar="SIZE", help="of the KV pool: 512MB, 2GiB or bytes (default: room for all at once, if it fits)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 2048 on a GPU)")
@@ -237,19 +239,25 @@ def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
     )
 
 
-def _add_model_options(
-    parser: argparse.ArgumentParser, kv_memory: str | None = "one whole context", others: str = "", positional: bool = False
-) -> None:
-    """`kv_memory`: what the pool's memory is by default; None: the command decides on the pool. `others`: further models.
+def _add_load_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load-format",
+        default="auto",
+        choices=["auto", "dummy"],
+        help="dummy: random weights; --model may be a bare config.json, like those of scripts/configs",
+    )
 
-    `positional`: the model is named without --model.
-    """
+
+def _add_model_options(
+    parser: argparse.ArgumentParser, kv_memory: str | None = "one whole context", positional: bool = False
+) -> None:
+    """`kv_memory`: what the pool's memory is by default; None: the command decides on the pool. `positional`: the model's."""
     group = parser.add_argument_group("model and device")
     group.add_argument(
         *(["model"] if positional else ["--model"]),
         **({"nargs": "?", "metavar": "MODEL"} if positional else {}),
         default=DEFAULT_MODEL,
-        help=f"known name, Hugging Face folder, or ORG/NAME on the hub{others} (default: {DEFAULT_MODEL})",
+        help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
     )
     group.add_argument(
         "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"

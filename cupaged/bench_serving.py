@@ -7,19 +7,15 @@ Prompts are random tokens; lengths are drawn fresh from a log-normal distributio
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import itertools
-import json
 import math
 import random
 import statistics
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupaged.bench import machine, product_limit, read_limit, weight_and_kv_bytes
@@ -32,60 +28,6 @@ from cupaged.model.sampling import SamplingParams
 if TYPE_CHECKING:
     from cupaged.engine.outputs import EngineStats, RequestOutput
     from cupaged.llm import LLM
-
-_LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
-}
-# Shapes to measure with random weights, where there is no checkpoint: name -> what config.json says.
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    name: {
-        **_LLAMA,
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-    for name, vocabulary, hidden, inner, layers, heads, kv_heads in [
-        ("tiny", 512, 128, 256, 2, 2, 1),
-        ("7b", 32000, 4096, 11008, 32, 32, 32),  # Llama 2 7B
-        ("8b", 128256, 4096, 14336, 32, 32, 8),  # Llama 3 8B
-        ("13b", 32000, 5120, 13824, 40, 40, 40),  # Llama 2 13B
-    ]
-}
-
-
-def write_geometry(folder: Path, name: str) -> Path:
-    """A folder that `LLM(folder, load_format="dummy")` loads: config.json and a tokenizer whose tokens are bytes."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(GEOMETRIES[name]))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@contextlib.contextmanager
-def geometry_or_model(name: str) -> Iterator[tuple[str, str]]:
-    """The (model, load_format) for LLM: of one of GEOMETRIES a folder that lasts as long as the context, else the name."""
-    if name not in GEOMETRIES:
-        yield name, "auto"
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(write_geometry(Path(folder) / name, name)), "dummy"
 
 
 @dataclass(frozen=True)
@@ -166,7 +108,7 @@ def bench_serving(
     if num_requests is not None and num_requests < 1:
         raise InvalidArgument(f"the number of requests is {num_requests}; give at least 1")
     rng = random.Random()
-    name = f"{llm.path.name} {llm.dtype}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
+    name = f"{llm.path.stem} {llm.dtype}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
     shape = f"{lengths.prompt_tokens}+{lengths.tokens}"
     rows: list[dict] = []
 

@@ -215,6 +215,11 @@ def _bench_generate(args: argparse.Namespace) -> None:
     from cupaged.bench import bench_generate, format_row
 
     _check_outputs(args)
+    if args.batch is not None or args.context is not None:
+        _bench_decode(args)
+        return
+    if args.load_format == "dummy":
+        raise InvalidArgument("--load-format dummy is for --batch and --context; give these too")
     result = bench_generate(
         model=args.model,
         device=args.device,
@@ -229,6 +234,27 @@ def _bench_generate(args: argparse.Namespace) -> None:
     _keep(args, result, "generate")
 
 
+def _bench_decode(args: argparse.Namespace) -> None:
+    from cupaged.bench import format_row
+    from cupaged.bench_decode import bench_decode
+
+    if args.plot is not None:
+        raise InvalidArgument("--plot has no picture of --batch and --context; leave it out")
+    result = bench_decode(
+        args.model,
+        args.batch or [1],
+        args.context or [512],
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        threads=args.threads,
+        load_format=args.load_format,
+        tokens=args.tokens,
+        report=lambda row: write(format_row(row) + "\n"),
+    )
+    _keep(args, result, "decode")
+
+
 def _bench_serving(args: argparse.Namespace) -> None:
     from cupaged import LLM, bench_serving
 
@@ -237,31 +263,30 @@ def _bench_serving(args: argparse.Namespace) -> None:
     if args.policy_only:
         write(bench_serving.format_row(bench_serving.bench_policy()) + "\n")
         return
-    with bench_serving.geometry_or_model(args.model) as (model, load_format):
-        llm = LLM(
-            model,
-            device=args.device,
-            dtype=args.dtype,
-            kv_cache_dtype=args.kv_cache_dtype,
-            kv_memory=args.kv_memory,
-            threads=args.threads,
-            block_size=args.block_size,
-            max_model_len=lengths.longest,
-            max_num_seqs=args.max_num_seqs or max([*args.concurrency, *([256] if args.rate else [])], default=1),
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            load_format="dummy" if "dummy" in (load_format, args.load_format) else "auto",
-        )
-        policy = bench_serving.bench_policy()
-        write(f"{bench_serving.format_row(policy)}\n{bench_serving.HEADER}\n")
-        result = bench_serving.bench_serving(
-            llm,
-            args.concurrency,
-            args.rate,
-            args.requests,
-            lengths,
-            args.threads,
-            report=lambda row: write(bench_serving.format_row(row) + "\n"),
-        )
+    llm = LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        kv_memory=args.kv_memory,
+        threads=args.threads,
+        block_size=args.block_size,
+        max_model_len=lengths.longest,
+        max_num_seqs=args.max_num_seqs or max([*args.concurrency, *([256] if args.rate else [])], default=1),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        load_format=args.load_format,
+    )
+    policy = bench_serving.bench_policy()
+    write(f"{bench_serving.format_row(policy)}\n{bench_serving.HEADER}\n")
+    result = bench_serving.bench_serving(
+        llm,
+        args.concurrency,
+        args.rate,
+        args.requests,
+        lengths,
+        args.threads,
+        report=lambda row: write(bench_serving.format_row(row) + "\n"),
+    )
     result["rows"].insert(0, policy)
     _keep(args, result, "serving")
 

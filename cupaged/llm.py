@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import sys
 import time
@@ -67,7 +68,8 @@ class LLM:
         kv_memory: bytes of the KV pool, as a number or like "24MB"; default: enough for max_num_seqs full sequences,
             within a quarter of the free memory of the CPU or gpu_memory_utilization.
         gpu_memory_utilization: share of a GPU's memory that weights and pool may take.
-        load_format: "auto", or "dummy" for random weights (to measure speed without a download; config.json suffices).
+        load_format: "auto", or "dummy" for random weights (to measure speed without a download). `model` may then be a bare
+            config.json, by any name; prompts are token ids, and texts empty, if there is no tokenizer.
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
         speculative: what guesses tokens, which are then verified several at once; what is generated does not change. "ngram":
             an earlier occurrence of the last ones; or a `NgramProposer`, or anything with its `propose`. Requests with logits
@@ -134,10 +136,14 @@ class LLM:
         self.device = "cpu" if device_index is None else f"cuda:{device_index}"
         self._device = ops.device(device_index or 0)
 
-        self.path = resolve(str(model))
+        bare = load_format == "dummy" and os.path.isfile(model)  # a config.json by whatever name
+        self.path = Path(model) if bare else resolve(str(model))
         self.config: ModelConfig = load_config(self.path)
         self.generation_config = load_generation_config(self.path)
-        self.tokenizer = Tokenizer.from_folder(self.path if tokenizer is None else resolve(str(tokenizer)))
+        if bare and tokenizer is None:
+            self.tokenizer = Tokenizer.without_text()
+        else:
+            self.tokenizer = Tokenizer.from_folder(self.path if tokenizer is None else resolve(str(tokenizer)))
         weights = None if load_format == "dummy" else open_weights(self.path, self.config)
         self.dtype = choose_dtype(dtype, weights.dtype if weights else self.config.dtype or "float32", ops)
         self.kv_cache_dtype = choose_kv_dtype(kv_cache_dtype, self.dtype, ops)

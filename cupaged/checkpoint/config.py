@@ -95,13 +95,14 @@ _FAMILY_DEFAULTS = {
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read `folder`/config.json.
+    """Read `folder`/config.json, or a file that holds the like.
 
     Raises:
         CheckpointError: there is no such file, it is not a JSON object, a key is missing or holds nonsense, or the model
             is of a kind that cannot be run here.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder)
+    path = path if path.is_file() else path / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. Give the folder of a model in Hugging Face format.")
     raw = read_json(path)

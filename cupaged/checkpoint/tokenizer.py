@@ -8,6 +8,7 @@ from operator import index
 from pathlib import Path
 
 import tokenizers
+import tokenizers.models
 
 from cupaged.checkpoint.chat_template import find_chat_template, render
 from cupaged.checkpoint.config import read_json
@@ -47,6 +48,11 @@ class Tokenizer:
             special.update(_special_tokens(values))
         return cls(tokenizer, find_chat_template(folder, settings[0]), special)
 
+    @classmethod
+    def without_text(cls) -> Tokenizer:
+        """For a model without a tokenizer: no token has a text, and no text has tokens."""
+        return cls(tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token="")), None, {})
+
     def __init__(self, tokenizer: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]) -> None:
         # Files may carry the truncation and padding of some training run.
         tokenizer.no_truncation()
@@ -60,6 +66,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens`: with the BOS and the like that the model wants around a raw prompt."""
+        if not self.vocab_size:
+            raise InvalidArgument("The model has no tokenizer. Give token ids, or name a folder with one.")
         if not isinstance(text, str):
             raise InvalidArgument(f"A text is expected, not {type(text).__name__}. Give a string.")
         try:

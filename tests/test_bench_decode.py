@@ -1,0 +1,83 @@
+"""Steps of many sequences measured, and models that are no more than a config.json."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from cupaged import LLM, InvalidArgument, SamplingParams, bench
+from cupaged.checkpoint.config import load_config
+from cupaged.checkpoint.weights import expected_tensors
+from cupaged.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    path = tmp_path / "some-1b.json"
+    folder = tiny_models.write_model(tmp_path / "whole", tiny_models.CONFIGS["llama-gqa"])
+    path.write_text((folder / "config.json").read_text())
+    return path
+
+
+def test_a_bare_config_generates_from_token_ids(bare):
+    llm = LLM(bare, device="cpu", load_format="dummy", kv_memory="1MB")
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2, stop=["a"])
+    [request] = llm.generate([1, 2, 3], params)
+    assert (request.error, request.outputs[0].text, len(request.outputs[0].token_ids)) == (None, "", 5)
+    for ask in (lambda: llm.generate("Hello"), lambda: llm.perplexity("Hello")):
+        with pytest.raises(InvalidArgument, match="no tokenizer"):
+            ask()
+    with pytest.raises(InvalidArgument, match="no chat template"):
+        llm.chat([{"role": "user", "content": "Hello"}])
+
+
+def test_a_bare_config_may_borrow_a_tokenizer(bare):
+    llm = LLM(bare, tokenizer=bare.parent / "whole", device="cpu", load_format="dummy", kv_memory="1MB")
+    [request] = llm.generate("Hello", SamplingParams(max_tokens=2))
+    assert request.prompt_token_ids == llm.tokenizer.encode("Hello")
+
+
+@pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-3-8b", 8.030)])
+def test_the_configs_are_of_the_models_they_name(name, billions):
+    shapes = expected_tensors(load_config(CONFIGS / f"{name}.json")).values()
+    assert sum(map(math.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**25)
+    options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "6", "--output", str(tmp_path), "--threads", "1"]
+    code = main(["bench", "--model", str(bare), "--batch", "1", "3", "--context", "20", "9", *options])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    result = json.loads((tmp_path / "decode_cpu.json").read_text())
+    cases = ["1B prefill 1x20", "1B 1x20 w=f32 kv=f32", "1B prefill 3x9", "1B 3x9 w=f32 kv=f32"]
+    assert [row["case"] for row in result["rows"]] == cases
+    assert all(case in out for case in cases)
+    for row in result["rows"]:
+        assert 0 < row["share"] < 1
+    for row, batch in zip(result["rows"][1::2], (1, 3), strict=True):
+        assert row["tok_s"] == pytest.approx(1e3 * batch / row["ms"])
+    assert {"machine", "limit_tbps", "limit_tflops", "date"} <= set(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--batch", "0"), "batch is 0"),
+        (("--context", "0"), "context is 0"),
+        (("--batch", "1", "2", "3", "--context", "4", "5"), "3 batches and 2 contexts"),
+        (("--batch", "1", "--plot"), "--plot"),
+        (("--batch", "1", "--tokens", "0"), "tokens is 0"),
+        ((), "--batch"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(bare, capsys, options, says):
+    assert main(["bench", "generate", "--model", str(bare), "--load-format", "dummy", "--device", "cpu", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
