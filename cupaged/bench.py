@@ -352,10 +352,11 @@ def machine(device: str, threads: int | None) -> str:
 
 def format_row(row: dict) -> str:
     """One line of the table."""
-    unit, text = next((u, t) for u, t in (("tok_s", "tok/s"), ("s", "s"), ("ms", "ms"), ("gb", "GB")) if u in row)
+    unit, text = next((u, t) for u, t in (("ms", "ms"), ("tok_s", "tok/s"), ("s", "s"), ("gb", "GB")) if u in row)
     whole = "step" if " decode step " in row["case"] else "limit"
     share = f"{row['share']:7.1%} of the {whole}" if "share" in row else ""
-    return f"{row['case']:66} {row[unit]:10.2f} {text:6}{share}".rstrip()
+    speed = f"   {row['tok_s']:.1f} tok/s" if "tok_s" in row and unit != "tok_s" else ""
+    return f"{row['case']:66} {row[unit]:10.2f} {text:6}{share}{speed}".rstrip()
 
 
 def usual_name(result: dict, what: str = "generate") -> str:
