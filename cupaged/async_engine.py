@@ -79,11 +79,10 @@ class AsyncEngine:
         """
         reader = self._register(request_id)
         try:
-            text = prompt if isinstance(prompt, str) else None
-            if text is not None:  # in another thread: a long text then delays neither other tasks nor the steps
-                prompt = {"prompt_token_ids": await asyncio.to_thread(self.llm.tokenizer.encode, text)}
+            # In another thread: a long text then delays neither other tasks nor the steps.
+            text, token_ids = await asyncio.to_thread(self.llm.encode_prompt, prompt)
             self._check_open()
-            self._calls.put(lambda: self._add(reader, text, prompt, sampling_params, priority))
+            self._calls.put(lambda: self._add(reader, text, token_ids, sampling_params, priority))
             while True:
                 output = await reader.take()
                 yield output
@@ -225,11 +224,13 @@ class AsyncEngine:
             call()
             wait = False
 
-    def _add(self, reader: _Reader, text: str | None, prompt: Prompt, params: SamplingParams | None, priority: int) -> None:
+    def _add(
+        self, reader: _Reader, text: str | None, token_ids: list[int], params: SamplingParams | None, priority: int
+    ) -> None:
         if self._failed:  # its reader has been told, or will be
             return
         try:
-            reader.live = self.llm.add(prompt, params, priority)
+            reader.live = self.llm.add({"prompt_token_ids": token_ids}, params, priority)
         except Exception as error:
             self._tell(lambda error=error: reader.put(error))
             return

@@ -275,7 +275,7 @@ class LLM:
         results = []
         for number, prompt in enumerate(prompts):
             try:
-                text, token_ids = self._encode(prompt)
+                text, token_ids = self.encode_prompt(prompt)
                 metrics = RequestMetrics(time.perf_counter(), num_prompt_tokens=len(token_ids))
                 with self._device:
                     beams = beam_search(self.engine, token_ids, params)
@@ -383,10 +383,10 @@ class LLM:
     def _add(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> RequestOutput:
         if not isinstance(params, SamplingParams):
             raise InvalidArgument(f"sampling_params holds {params!r}; give SamplingParams(...)")
-        return self.engine.add(*self._encode(prompt), params, priority)
+        return self.engine.add(*self.encode_prompt(prompt), params, priority)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text if it was one, token ids) of a prompt."""
+    def encode_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if it was one, token ids) of a prompt; InvalidArgument where it is none. May run beside a step."""
         text = prompt if isinstance(prompt, str) else None
         if text is not None:
             token_ids = self.tokenizer.encode(text)

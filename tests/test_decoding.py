@@ -35,7 +35,7 @@ def plain(folder):
 
 @pytest.fixture(params=LAYOUTS)
 def llm(request, folder):
-    """One engine for each layout; after the test its pool is empty, and a tiny one did preempt."""
+    """One engine for each layout; after the test its pool is empty."""
     llm = LLM(folder, device="cpu", **({"kv_memory": "4MB"} | LAYOUTS[request.param]))
     yield llm
     stats = llm.stats()

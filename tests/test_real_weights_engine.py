@@ -43,10 +43,13 @@ def alone():
     ids = llm.tokenizer.encode(TEXT)
     chat = llm.tokenizer.encode_chat([{"role": "user", "content": "Say hello."}])
     found = []
+    long = (ids * 4)[:300]  # more than a block of 256, shared by several
     for number in range(64):
         start, length = rng.integers(0, len(ids) - 4), rng.integers(2, 24)
         prompt = chat if number % 16 == 0 else [*(ids[:32] if number % 3 == 0 else []), *ids[start : start + length]]
         params = {"temperature": 0, "max_tokens": int(rng.integers(1, 9))}
+        if number in (20, 40, 60):
+            prompt, params["max_tokens"] = [*long, *prompt], 30
         if number % 4 == 1:
             params |= {"repetition_penalty": 1.2, "ignore_eos": True}
         elif number % 4 == 2:
@@ -75,17 +78,18 @@ def assert_as_alone(llm, prompt, params, expected, got):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_64_requests_together_as_alone(alone, layout):
     llm = load(**LAYOUTS[layout])
+    alone = [each for each in alone if len(each[0]) < 100 or llm.max_model_len > 400]
     requests = llm.generate([prompt for prompt, _, _ in alone], [params for _, params, _ in alone])
     stats = llm.stats()
     assert stats.blocks_used == 0
     assert (stats.num_preemptions > 0) == ("preempts" in layout)
     assert (stats.num_drafts > 0) == ("guessing" in layout)
-    assert (stats.prefix_hit_rate > 0) == ("no prefix cache" not in layout and "256" not in layout)
+    assert (stats.prefix_hit_rate > 0) == ("no prefix cache" not in layout)
     same = total = 0
     for (prompt, params, outputs), request in zip(alone, requests, strict=True):
         assert request.error is None
         for expected, got in zip(outputs, request.outputs, strict=True):
             same += assert_as_alone(llm, prompt, params, expected, got)
             total += 1
-    assert total > 64
+    assert total > 61
     assert same >= total - 2  # near-ties are rare
