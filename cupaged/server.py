@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
@@ -43,6 +43,7 @@ SEND_SECONDS = 60  # in which a client must have read what was sent
 
 _Send = Callable[[dict], Awaitable[None]]
 _Receive = Callable[[], Awaitable[dict]]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Api:
             return bytes(data)
 
         try:
-            body = json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
+            body = json.loads(await _in_time(read(), BODY_SECONDS))
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS} s", headers={"Connection": "close"}) from error
         except (ValueError, RecursionError) as error:
@@ -359,7 +360,7 @@ class _Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await asyncio.wait_for(send(message), SEND_SECONDS)
+            await _in_time(send(message), SEND_SECONDS)
 
         request = Request(scope, receive)
         try:
@@ -380,6 +381,18 @@ class _Guard:
 
 def anext_of(iterator: AsyncIterator[RequestOutput]) -> Awaitable[RequestOutput]:
     return iterator.__anext__()
+
+
+async def _in_time(work: Awaitable[_Result], seconds: float) -> _Result:
+    """The result, or asyncio.TimeoutError. (Up to Python 3.11 asyncio.wait_for loses a cancellation that comes as work ends.)"""
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait((task,), timeout=seconds)
+        if not done:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _while_connected(receive: _Receive, work: Awaitable[None]) -> None:
