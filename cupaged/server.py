@@ -384,7 +384,7 @@ def anext_of(iterator: AsyncIterator[RequestOutput]) -> Awaitable[RequestOutput]
 
 
 async def _in_time(work: Awaitable[_Result], seconds: float) -> _Result:
-    """The result, or asyncio.TimeoutError. (Up to Python 3.11 asyncio.wait_for loses a cancellation that comes as work ends.)"""
+    """The result, or asyncio.TimeoutError. (Up to Python 3.11 asyncio.wait_for can lose a cancellation as the work ends.)"""
     task = asyncio.ensure_future(work)
     try:
         done, _ = await asyncio.wait((task,), timeout=seconds)
