@@ -148,7 +148,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from cupaged.chat import chat
+    from cupaged.chat.conversation import chat
 
     sampling = _sampling(args)
     system = _text(args.system, "--system")
@@ -178,8 +178,8 @@ def _serve(args: argparse.Namespace) -> None:
     from cupaged.engine.kv_pool import parse_bytes
 
     try:
-        from cupaged.server import ServerOptions
-        from cupaged.server_process import listen, serve
+        from cupaged.server.app import ServerOptions
+        from cupaged.server.process import listen, serve
     except ImportError as error:
         raise CupagedError(f"`serve` needs {error.name}, which is not installed; pip install 'cupaged[serve]'") from error
     if args.max_num_seqs < 1:
@@ -212,7 +212,8 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _bench_generate(args: argparse.Namespace) -> None:
-    from cupaged.bench import bench_generate, format_row
+    from cupaged.bench.generate import bench_generate
+    from cupaged.bench.results import format_row
 
     _check_outputs(args)
     if args.batch is not None or args.context is not None:
@@ -235,8 +236,8 @@ def _bench_generate(args: argparse.Namespace) -> None:
 
 
 def _bench_decode(args: argparse.Namespace) -> None:
-    from cupaged.bench import format_row
-    from cupaged.bench_decode import bench_decode
+    from cupaged.bench.decode import bench_decode
+    from cupaged.bench.results import format_row
 
     if args.plot is not None:
         raise InvalidArgument("--plot has no picture of --batch and --context; leave it out")
@@ -256,12 +257,13 @@ def _bench_decode(args: argparse.Namespace) -> None:
 
 
 def _bench_serving(args: argparse.Namespace) -> None:
-    from cupaged import LLM, bench_serving
+    from cupaged import LLM
+    from cupaged.bench import serving
 
     _check_outputs(args)
-    lengths = bench_serving.Lengths(args.prompt_tokens, args.tokens, args.spread)
+    lengths = serving.Lengths(args.prompt_tokens, args.tokens, args.spread)
     if args.policy_only:
-        write(bench_serving.format_row(bench_serving.bench_policy()) + "\n")
+        write(serving.format_row(serving.bench_policy()) + "\n")
         return
     llm = LLM(
         args.model,
@@ -276,23 +278,23 @@ def _bench_serving(args: argparse.Namespace) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         load_format=args.load_format,
     )
-    policy = bench_serving.bench_policy()
-    write(f"{bench_serving.format_row(policy)}\n{bench_serving.HEADER}\n")
-    result = bench_serving.bench_serving(
+    policy = serving.bench_policy()
+    write(f"{serving.format_row(policy)}\n{serving.HEADER}\n")
+    result = serving.bench_serving(
         llm,
         args.concurrency,
         args.rate,
         args.requests,
         lengths,
         args.threads,
-        report=lambda row: write(bench_serving.format_row(row) + "\n"),
+        report=lambda row: write(serving.format_row(row) + "\n"),
     )
     result["rows"].insert(0, policy)
     _keep(args, result, "serving")
 
 
 def _bench_plot(args: argparse.Namespace) -> None:
-    from cupaged.plots import draw, read_result
+    from cupaged.bench.plots import draw, read_result
 
     for path, result in [(path, read_result(path)) for path in args.results]:  # all are read before one is drawn
         write(f"{draw(result, path)}\n")
@@ -303,7 +305,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
         raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
     if args.plot is not None:
-        from cupaged.plots import check
+        from cupaged.bench.plots import check
 
         check(_plot_folder(args))
 
@@ -316,12 +318,12 @@ def _plot_folder(args: argparse.Namespace) -> str:
 
 def _keep(args: argparse.Namespace, result: dict, what: str) -> None:
     """Write what a bench found to where --output and --plot say."""
-    from cupaged.bench import save, usual_name
+    from cupaged.bench.results import save, usual_name
 
     if args.output is not None:
         print(f"cupaged: wrote {save(result, args.output, what)}", file=sys.stderr)
     if args.plot is not None:
-        from cupaged.plots import draw
+        from cupaged.bench.plots import draw
 
         picture = draw(result, os.path.join(_plot_folder(args), usual_name(result, what)))
         print(f"cupaged: wrote {picture}", file=sys.stderr)

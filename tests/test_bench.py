@@ -8,13 +8,15 @@ import math
 import pytest
 from tiny_models import CONFIGS, write_model
 
-from cupaged import CupagedError, bench
+from cupaged import CupagedError
+from cupaged.bench import generate, limits
+from cupaged.bench.step import KINDS, LOGITS, OUTSIDE
 from cupaged.cli import main
 
 
 @pytest.fixture(autouse=True)
 def small_sweep(monkeypatch):
-    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**25)
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
 
 
 def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
@@ -28,7 +30,7 @@ def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
     assert 0 < result["limit_tbps"] < 10
     assert 0 < result["limit_tflops"] < 100
     cases = ["process start to first token", "peak memory", "prefill 40", "decode 8 after 40", "decode step"]
-    kinds = dict.fromkeys(["linear", bench.LOGITS, *bench.KINDS.values(), bench.OUTSIDE])
+    kinds = dict.fromkeys(["linear", LOGITS, *KINDS.values(), OUTSIDE])
     cases += [f"decode step {kind}" for kind in kinds]
     assert [row["case"] for row in result["rows"]] == [f"tiny float32 {case}" for case in cases]
     assert [line.split("  ")[0] for line in out.splitlines()] == [row["case"] for row in result["rows"]]
@@ -48,13 +50,13 @@ def test_bench_prints_a_table_and_writes_the_common_format(tmp_path, capsys):
 @pytest.mark.parametrize(("fastest", "size"), [(0, 2**24), (1, 2**24), (2, 2**22), (3, 2**22)])
 def test_the_limit_of_reading_is_the_best_of_all_ways_and_sizes(monkeypatch, fastest, size):
     seconds = [0.01 if way == fastest else 8.0 for way in range(4)]  # two ways over SWEEP_BYTES, two over the model's bytes
-    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**24)
-    monkeypatch.setattr(bench, "_best_seconds", lambda action: (action(), seconds.pop(0))[1])
-    assert bench.read_limit("cpu", 2**22, threads=2) == size / 0.01
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**24)
+    monkeypatch.setattr(limits, "_best_seconds", lambda action: (action(), seconds.pop(0))[1])
+    assert limits.read_limit("cpu", 2**22, threads=2) == size / 0.01
     assert seconds == []
 
 
 def test_a_process_that_fails_is_reported_with_its_own_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "PROMPT", "")
+    monkeypatch.setattr(generate, "PROMPT", "")
     with pytest.raises(CupagedError, match="the prompt is empty"):
-        bench.bench_generate(str(write_model(tmp_path, CONFIGS["llama-gqa"])), device="cpu", runs=1)
+        generate.bench_generate(str(write_model(tmp_path, CONFIGS["llama-gqa"])), device="cpu", runs=1)

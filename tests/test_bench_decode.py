@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from cupaged import LLM, InvalidArgument, SamplingParams, bench
+from cupaged import LLM, InvalidArgument, SamplingParams
+from cupaged.bench import limits
 from cupaged.checkpoint.config import load_config
 from cupaged.checkpoint.weights import expected_tensors
 from cupaged.cli import main
@@ -48,7 +49,7 @@ def test_the_configs_are_of_the_models_they_name(name, billions):
 
 
 def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**25)
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
     options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "6", "--output", str(tmp_path), "--threads", "1"]
     code = main(["bench", "--model", str(bare), "--batch", "1", "3", "--context", "20", "9", *options])
     out, err = capsys.readouterr()

@@ -20,9 +20,9 @@ from test_cli import TEMPLATE
 from tiny_models import CONFIGS, write_model
 
 from cupaged import LLM, InvalidArgument, SamplingParams
-from cupaged.chat import Conversation, chat
-from cupaged.chat_input import MAX_HISTORY, Entry, entries
-from cupaged.chat_view import MarkdownView
+from cupaged.chat.conversation import Conversation, chat
+from cupaged.chat.input import MAX_HISTORY, Entry, entries
+from cupaged.chat.view import MarkdownView
 from cupaged.cli import main
 
 CONTEXT = 400
@@ -286,7 +286,7 @@ def test_bytes_that_are_not_text_end_a_scripted_chat(folder, monkeypatch, capsys
 
 
 def test_rich_is_imported_by_a_chat_on_a_terminal_only():
-    code = "import sys, cupaged.chat, cupaged.cli; print({'rich', 'markdown_it', 'readline'} & set(sys.modules))"
+    code = "import sys, cupaged.chat.conversation, cupaged.cli; print({'rich', 'markdown_it', 'readline'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import CONFIGS, write_model
 
-from cupaged import LLM, CupagedError, InvalidArgument, bench, plots
+from cupaged import LLM, CupagedError, InvalidArgument
+from cupaged.bench import generate, plots, results
+from cupaged.bench import step as bench_step
 from cupaged.cli import main
 
 RESULTS = Path(__file__).parents[1] / "scripts" / "results"
@@ -25,7 +27,7 @@ STEP = {
         {"case": "m float32 decode 8 after 40", "tok_s": 20.0, "share": 0.4},
         {"case": "m float32 decode step", "ms": 50.0, "share": 0.4},
         {"case": "m float32 decode step linear", "ms": 40.0, "share": 0.8},
-        {"case": f"m float32 decode step {bench.OUTSIDE}", "ms": 10.0, "share": 0.2},
+        {"case": f"m float32 decode step {bench_step.OUTSIDE}", "ms": 10.0, "share": 0.2},
     ],
 }
 SERVED = {"tok_s": 100.0, "itl_ms": {"p50": 10.0, "p90": 12.0, "p99": 30.0}}
@@ -141,7 +143,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
 
 
 def test_what_would_fail_after_measuring_fails_before(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "bench_generate", None)
+    monkeypatch.setattr(generate, "bench_generate", None)
     assert main(["bench", "generate", "--plot", str(tmp_path / "no")]) == 2
     assert f"{tmp_path / 'no'} is no folder" in capsys.readouterr().err
     for name in ("matplotlib", "matplotlib.figure"):
@@ -154,16 +156,16 @@ def test_what_would_fail_after_measuring_fails_before(tmp_path, capsys, monkeypa
 def test_without_a_folder_the_picture_is_where_the_figures_are(tmp_path, monkeypatch, words, folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(bench, "bench_generate", lambda **options: STEP)
+    monkeypatch.setattr(generate, "bench_generate", lambda **options: STEP)
     assert main(["bench", "generate", *words, "--plot"]) == 0
     size_of(tmp_path / folder / "decode_step_cpu.png")
 
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     path, link = tmp_path / "x", tmp_path / "link"
-    bench.write_whole(path, b"old", "")
+    results.write_whole(path, b"old", "")
     link.symlink_to(path)
-    bench.write_whole(link, b"new", "")
+    results.write_whole(link, b"new", "")
     assert (path.read_bytes(), link.is_symlink()) == (b"new", True)
 
     def full(self: Path, data: bytes) -> None:
@@ -172,7 +174,7 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(CupagedError, match=r"cannot write .*: No space left on device; delete something"):
-        bench.write_whole(path, b"newer", "delete something")
+        results.write_whole(path, b"newer", "delete something")
     monkeypatch.undo()
     assert path.read_bytes() == b"new"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "x"]
@@ -189,7 +191,7 @@ class Machine:
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch, outside: float, slower_when_timed: float = 1.0) -> None:
         self.llm, self.now, self.ops, self.slower = llm, 0.0, llm.engine.model.ops, slower_when_timed
         self.step = llm.step
-        monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
+        monkeypatch.setattr(bench_step, "time", SimpleNamespace(perf_counter=lambda: self.now / 1e3))
         monkeypatch.setattr(llm.engine.model, "ops", self)
         monkeypatch.setattr(llm, "step", lambda: self.pass_time(outside) or self.step())
 
@@ -216,7 +218,7 @@ def llm(tmp_path) -> LLM:
 
 def test_the_kinds_of_a_step_and_what_is_outside_are_the_step(llm, monkeypatch):
     machine = Machine(llm, monkeypatch, outside=10.0)
-    step, kinds = bench.decode_step(llm, [1, 2, 3], tokens=6)
+    step, kinds = bench_step.decode_step(llm, [1, 2, 3], tokens=6)
     layers = 3
     expected = {
         "linear": 7 * layers * 3.0,
@@ -227,7 +229,7 @@ def test_the_kinds_of_a_step_and_what_is_outside_are_the_step(llm, monkeypatch):
         "swiglu and add": layers * (0.25 + 2 * 0.125),
         "embedding and copies": 0.0,
         "sampling": 4.0,
-        bench.OUTSIDE: 10.0,
+        bench_step.OUTSIDE: 10.0,
     }
     assert kinds == pytest.approx(expected)
     assert list(kinds) == list(expected)
@@ -256,26 +258,26 @@ def test_on_a_gpu_the_times_are_those_between_events(monkeypatch):
         now[0] += ms
         return ms
 
-    recorder = bench._Recorder(SimpleNamespace(other=5, **dict.fromkeys(bench.KINDS, operation)), "cuda:0")
+    recorder = bench_step._Recorder(SimpleNamespace(other=5, **dict.fromkeys(bench_step.KINDS, operation)), "cuda:0")
     assert (recorder.other, recorder.rms_norm(2.0), recorder.linear(3.0), recorder.linear(4.0, dtype="float32")) == (5, 2, 3, 4)
     found = recorder.milliseconds()
-    assert {kind: ms for kind, ms in found.items() if ms} == {"norm": 2, "linear": 3, bench.LOGITS: 4}
+    assert {kind: ms for kind, ms in found.items() if ms} == {"norm": 2, "linear": 3, bench_step.LOGITS: 4}
     assert len(waited) == 1
 
 
 def test_kinds_that_came_out_as_more_than_the_step_are_scaled_down_to_it(llm, monkeypatch):
     Machine(llm, monkeypatch, outside=1.0, slower_when_timed=2.0)
-    step, kinds = bench.decode_step(llm, [1, 2, 3], tokens=3)
+    step, kinds = bench_step.decode_step(llm, [1, 2, 3], tokens=3)
     assert sum(kinds.values()) == pytest.approx(step)
-    assert kinds[bench.OUTSIDE] == pytest.approx(0.0)
+    assert kinds[bench_step.OUTSIDE] == pytest.approx(0.0)
     assert kinds["linear"] / kinds["attention"] == pytest.approx(7 * 3 / 2)
 
 
 def test_a_step_that_fails_leaves_the_model_its_operations(llm, monkeypatch):
     ops = llm.engine.model.ops
-    monkeypatch.setattr(bench._Recorder, "milliseconds", lambda self: 1 / 0)
+    monkeypatch.setattr(bench_step._Recorder, "milliseconds", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bench.decode_step(llm, [1, 2, 3], tokens=3)
+        bench_step.decode_step(llm, [1, 2, 3], tokens=3)
     assert llm.engine.model.ops is ops
 
 
@@ -290,4 +292,4 @@ def test_every_operation_of_a_decode_step_is_of_some_kind(llm):
     ops = llm.engine.model.ops
     llm.engine.model.ops = Noting()
     llm.generate("x")
-    assert asked <= set(bench.KINDS)
+    assert asked <= set(bench_step.KINDS)

@@ -565,7 +565,7 @@ def test_what_cannot_be_served_is_one_line(model, capsys, monkeypatch):
 
 def test_without_the_extra_it_says_what_to_install(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "cupaged.server_process", raising=False)
+    monkeypatch.delitem(sys.modules, "cupaged.server.process", raising=False)
     assert main(["serve", model]) == 1
     assert "cupaged[serve]" in one_line(capsys)
 

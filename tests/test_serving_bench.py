@@ -16,8 +16,9 @@ import pytest
 import tiny_models
 from op_cases import SEED
 
-from cupaged import LLM, InvalidArgument, bench, bench_serving
-from cupaged.bench_serving import Lengths, bench_policy, percentile
+from cupaged import LLM, InvalidArgument
+from cupaged.bench import limits, serving
+from cupaged.bench.serving import Lengths, bench_policy, percentile
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "bench_serving.py")
 STEP, POLICY = 0.1, 0.001  # seconds that the machine below takes
@@ -30,10 +31,10 @@ class Machine:
         self.now, self.requests, self.most = 0.0, [], 0
         self.max_num_seqs, self.fails, self.added_at = max_num_seqs, fails, []
         clock = SimpleNamespace(perf_counter=lambda: self.now, sleep=self.pass_time)
-        monkeypatch.setattr(bench_serving, "time", clock)
+        monkeypatch.setattr(serving, "time", clock)
         for limit in ("read_limit", "product_limit"):
-            monkeypatch.setattr(bench_serving, limit, lambda *args: 1e12)
-        monkeypatch.setattr(bench_serving, "weight_and_kv_bytes", lambda llm: (1, 1))
+            monkeypatch.setattr(serving, limit, lambda *args: 1e12)
+        monkeypatch.setattr(serving, "weight_and_kv_bytes", lambda llm: (1, 1))
         self.path, self.dtype, self.kv_cache_dtype, self.device = Path("machine"), "float32", "float32", "cpu"
         self.config = SimpleNamespace(vocab_size=100)
         self.num_steps = 0
@@ -76,7 +77,7 @@ def near(value: float) -> object:
 def test_a_closed_loop_keeps_its_number_running(monkeypatch):
     machine = Machine(monkeypatch)
     lengths = Lengths(prompt_tokens=5, tokens=3, spread=0)
-    result = bench_serving.bench_serving(machine, concurrencies=[2], num_requests=6, lengths=lengths)
+    result = serving.bench_serving(machine, concurrencies=[2], num_requests=6, lengths=lengths)
     [row] = result["rows"]
     assert row["case"] == "machine float32 concurrency 2 5+3"
     assert (row["tok_s"], row["requests_s"]) == (near(2 / STEP), near(2 / (3 * STEP)))
@@ -95,7 +96,7 @@ def test_a_closed_loop_keeps_its_number_running(monkeypatch):
 def test_a_poisson_process_waits_for_nobody_and_counts_from_when_a_request_is_due(monkeypatch):
     machine = Machine(monkeypatch, max_num_seqs=1)
     lengths = Lengths(prompt_tokens=5, tokens=2, spread=0)  # 0.2 s each, one at a time: 5 a second can be served
-    result = bench_serving.bench_serving(machine, concurrencies=[], rates=[50], num_requests=40, lengths=lengths)
+    result = serving.bench_serving(machine, concurrencies=[], rates=[50], num_requests=40, lengths=lengths)
     [row] = result["rows"]
     assert row["case"] == "machine float32 rate 50/s 5+2"
     assert row["tok_s"] == pytest.approx(1 / STEP, rel=0.1)
@@ -107,7 +108,7 @@ def test_a_poisson_process_waits_for_nobody_and_counts_from_when_a_request_is_du
 def test_a_request_that_comes_within_a_step_has_waited_for_its_end(monkeypatch):
     machine = Machine(monkeypatch)
     lengths = Lengths(prompt_tokens=5, tokens=400, spread=0)
-    [row] = bench_serving.bench_serving(machine, concurrencies=[], rates=[10], num_requests=100, lengths=lengths)["rows"]
+    [row] = serving.bench_serving(machine, concurrencies=[], rates=[10], num_requests=100, lengths=lengths)["rows"]
     # Due anywhere within a step, its first token comes with the end of the next: after one to two steps, evenly.
     assert 1e3 * STEP * 1.2 < row["ttft_ms"]["p50"] < 1e3 * STEP * 1.8
     assert row["ttft_ms"]["p99"] <= 1e3 * STEP * 2 * (1 + 1e-9)
@@ -116,7 +117,7 @@ def test_a_request_that_comes_within_a_step_has_waited_for_its_end(monkeypatch):
 def test_poisson_arrivals_have_the_rate_and_the_gaps_of_one(monkeypatch):
     machine = Machine(monkeypatch)
     monkeypatch.setattr(sys.modules[__name__], "STEP", 1e-6)
-    bench_serving.bench_serving(machine, concurrencies=[], rates=[20.0], num_requests=4000, lengths=Lengths(5, 2, 0))
+    serving.bench_serving(machine, concurrencies=[], rates=[20.0], num_requests=4000, lengths=Lengths(5, 2, 0))
     gaps = np.diff(machine.added_at[5:])
     assert gaps.mean() == pytest.approx(1 / 20, rel=0.08)  # five standard errors
     assert gaps.std() == pytest.approx(1 / 20, rel=0.12)
@@ -125,11 +126,11 @@ def test_poisson_arrivals_have_the_rate_and_the_gaps_of_one(monkeypatch):
 def test_a_request_that_fails_is_counted_and_left_out(monkeypatch):
     machine = Machine(monkeypatch, fails=7)
     lengths = Lengths(prompt_tokens=5, tokens=30, spread=0)
-    [row] = bench_serving.bench_serving(machine, concurrencies=[4], num_requests=4, lengths=lengths)["rows"]
+    [row] = serving.bench_serving(machine, concurrencies=[4], num_requests=4, lengths=lengths)["rows"]
     assert row["failed"] == 1
     assert row["tok_s"] == near(3 / STEP)
     assert row["itl_worst"] == near(1)
-    assert "1 failed" in bench_serving.format_row(row)
+    assert "1 failed" in serving.format_row(row)
 
 
 def test_percentiles_are_of_nearest_rank():
@@ -162,7 +163,7 @@ def test_lengths_have_their_means_and_stay_below_the_longest():
 )
 def test_what_cannot_be_measured_is_refused(monkeypatch, arguments, says):
     with pytest.raises(InvalidArgument, match=says):
-        bench_serving.bench_serving(Machine(monkeypatch), **arguments)
+        serving.bench_serving(Machine(monkeypatch), **arguments)
     for wrong in ({"tokens": 1}, {"prompt_tokens": 0}, {"spread": -1}, {"spread": math.inf}):
         with pytest.raises(InvalidArgument, match=next(iter(wrong))):
             Lengths(**wrong)
@@ -174,8 +175,8 @@ def test_what_cannot_be_measured_is_refused(monkeypatch, arguments, says):
 def test_every_request_gets_its_tokens_from_a_real_model(tmp_path):
     folder = tiny_models.write_model(tmp_path / "tiny", tiny_models.CONFIGS["llama-gqa"])
     llm = LLM(folder, device="cpu", kv_memory="1MB", max_num_seqs=4)
-    requests = [bench_serving._Request([n] * 9, max_tokens=n + 2) for n in range(6)]
-    steps = bench_serving._serve(llm, requests, concurrency=3)
+    requests = [serving._Request([n] * 9, max_tokens=n + 2) for n in range(6)]
+    steps = serving._serve(llm, requests, concurrency=3)
     assert [len(request.arrivals) for request in requests] == [n + 2 for n in range(6)]
     assert all(request.arrivals == sorted(request.arrivals) for request in requests)
     assert len(steps) >= 7
@@ -184,14 +185,14 @@ def test_every_request_gets_its_tokens_from_a_real_model(tmp_path):
 
 def test_policy_alone_keeps_all_sequences_running(monkeypatch):
     seen = []
-    schedule = bench_serving.Scheduler.schedule
+    schedule = serving.Scheduler.schedule
 
     def spied(self: object) -> list:
         scheduled = schedule(self)
         seen.append((len(self.running), len(scheduled)))
         return scheduled
 
-    monkeypatch.setattr(bench_serving.Scheduler, "schedule", spied)
+    monkeypatch.setattr(serving.Scheduler, "schedule", spied)
     row = bench_policy(num_seqs=32, steps=200, lengths=Lengths(40, 20))
     assert row["case"] == "policy at 32 sequences"
     assert seen[-200:] == [(32, 32)] * 200
@@ -200,7 +201,7 @@ def test_policy_alone_keeps_all_sequences_running(monkeypatch):
 
 
 def test_the_script_prints_a_table_and_writes_the_common_format(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**25)
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, words)])

@@ -30,7 +30,7 @@ from starlette.routing import Route, Router
 from cupaged.async_engine import AsyncEngine
 from cupaged.errors import CupagedError, InvalidArgument
 from cupaged.openai_format import CHAT, COMPLETIONS, Chunks, answer, parse
-from cupaged.server_metrics import ServerMetrics
+from cupaged.server.metrics import ServerMetrics
 
 if TYPE_CHECKING:
     from cupaged.engine.outputs import RequestOutput

@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cupaged.bench import OUTSIDE, write_whole
+from cupaged.bench.results import write_whole
+from cupaged.bench.step import OUTSIDE
 from cupaged.errors import InvalidArgument
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cupaged.bench import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
 from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:

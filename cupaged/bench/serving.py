@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cupaged.bench import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.scheduler import Scheduler
 from cupaged.engine.sequence import Sequence as TokenSequence

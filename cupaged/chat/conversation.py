@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cupaged.chat_input import entries
+from cupaged.chat.input import entries
 from cupaged.checkpoint.fetch import models_folder
 from cupaged.errors import CupagedError, InvalidArgument
 
@@ -191,9 +191,9 @@ class _Session:
         self.talk, self.write, self.stats, self.interactive = talk, write, stats, interactive
         self.view = None  # the room that renders, where that is wanted and can be done
         if interactive and not plain:
-            from cupaged import chat_view
+            from cupaged.chat import view
 
-            self.view = chat_view if chat_view.can_render() else None
+            self.view = view if view.can_render() else None
 
     def answer(self, ask: Callable[[Callable[[str], None]], tuple[RequestOutput, bool]]) -> None:
         """Show what `ask` hands to the function that it is given."""

@@ -1,4 +1,4 @@
-"""The process that serves: its socket, its signals and its end. What is served is `cupaged.server`."""
+"""The process that serves: its socket, its signals and its end. What is served is `app.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import uvicorn
 
 from cupaged.async_engine import AsyncEngine
 from cupaged.errors import InvalidArgument
-from cupaged.server import Api, ServerOptions
+from cupaged.server.app import Api, ServerOptions
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
