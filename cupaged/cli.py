@@ -17,7 +17,7 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cupaged.arguments import SAMPLING, build_parser, whole_command
@@ -211,122 +211,13 @@ def _info(args: argparse.Namespace) -> None:
     write((json.dumps(facts) if args.json else as_text(facts)) + "\n")
 
 
-def _bench_generate(args: argparse.Namespace) -> None:
-    from cupaged.bench.generate import bench_generate
-    from cupaged.bench.results import format_row
+def _bench(name: str) -> Callable[[argparse.Namespace], None]:
+    def run(args: argparse.Namespace) -> None:
+        from cupaged.bench import commands
 
-    _check_outputs(args)
-    if args.batch is not None or args.context is not None:
-        _bench_decode(args)
-        return
-    if args.load_format == "dummy":
-        raise InvalidArgument("--load-format dummy is for --batch and --context; give these too")
-    result = bench_generate(
-        model=args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        threads=args.threads,
-        runs=args.runs,
-        prompt_tokens=args.prompt_tokens,
-        tokens=args.tokens,
-        report=lambda row: write(format_row(row) + "\n"),
-    )
-    _keep(args, result, "generate")
+        getattr(commands, name)(args, write)
 
-
-def _bench_decode(args: argparse.Namespace) -> None:
-    from cupaged.bench.decode import bench_decode
-    from cupaged.bench.results import format_row
-
-    if args.plot is not None:
-        raise InvalidArgument("--plot has no picture of --batch and --context; leave it out")
-    result = bench_decode(
-        args.model,
-        args.batch or [1],
-        args.context or [512],
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        threads=args.threads,
-        load_format=args.load_format,
-        tokens=args.tokens,
-        report=lambda row: write(format_row(row) + "\n"),
-    )
-    _keep(args, result, "decode")
-
-
-def _bench_serving(args: argparse.Namespace) -> None:
-    from cupaged import LLM
-    from cupaged.bench import serving
-
-    _check_outputs(args)
-    lengths = serving.Lengths(args.prompt_tokens, args.tokens, args.spread)
-    if args.policy_only:
-        write(serving.format_row(serving.bench_policy()) + "\n")
-        return
-    llm = LLM(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        kv_memory=args.kv_memory,
-        threads=args.threads,
-        block_size=args.block_size,
-        max_model_len=lengths.longest,
-        max_num_seqs=args.max_num_seqs or max([*args.concurrency, *([256] if args.rate else [])], default=1),
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        load_format=args.load_format,
-    )
-    policy = serving.bench_policy()
-    write(f"{serving.format_row(policy)}\n{serving.HEADER}\n")
-    result = serving.bench_serving(
-        llm,
-        args.concurrency,
-        args.rate,
-        args.requests,
-        lengths,
-        args.threads,
-        report=lambda row: write(serving.format_row(row) + "\n"),
-    )
-    result["rows"].insert(0, policy)
-    _keep(args, result, "serving")
-
-
-def _bench_plot(args: argparse.Namespace) -> None:
-    from cupaged.bench.plots import draw, read_result
-
-    for path, result in [(path, read_result(path)) for path in args.results]:  # all are read before one is drawn
-        write(f"{draw(result, path)}\n")
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """What could not be written after minutes of measuring is refused now."""
-    if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
-        raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
-    if args.plot is not None:
-        from cupaged.bench.plots import check
-
-        check(_plot_folder(args))
-
-
-def _plot_folder(args: argparse.Namespace) -> str:
-    if args.plot or args.output is None:
-        return args.plot or "."
-    return args.output if os.path.isdir(args.output) else os.path.dirname(args.output) or "."
-
-
-def _keep(args: argparse.Namespace, result: dict, what: str) -> None:
-    """Write what a bench found to where --output and --plot say."""
-    from cupaged.bench.results import save, usual_name
-
-    if args.output is not None:
-        print(f"cupaged: wrote {save(result, args.output, what)}", file=sys.stderr)
-    if args.plot is not None:
-        from cupaged.bench.plots import draw
-
-        picture = draw(result, os.path.join(_plot_folder(args), usual_name(result, what)))
-        print(f"cupaged: wrote {picture}", file=sys.stderr)
+    return run
 
 
 _COMMANDS = {
@@ -336,9 +227,9 @@ _COMMANDS = {
     "serve": _serve,
     "fetch": _fetch,
     "info": _info,
-    "bench generate": _bench_generate,
-    "bench serving": _bench_serving,
-    "bench plot": _bench_plot,
+    "bench generate": _bench("generate"),
+    "bench serving": _bench("serving"),
+    "bench plot": _bench("plot"),
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_models import CONFIGS, write_model
 
 from cupaged import LLM, CupagedError, InvalidArgument
-from cupaged.bench import generate, plots, results
+from cupaged.bench import commands, plots, results
 from cupaged.bench import step as bench_step
 from cupaged.cli import main
 
@@ -143,7 +143,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
 
 
 def test_what_would_fail_after_measuring_fails_before(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "bench_generate", None)
+    monkeypatch.setattr(commands, "bench_generate", None)
     assert main(["bench", "generate", "--plot", str(tmp_path / "no")]) == 2
     assert f"{tmp_path / 'no'} is no folder" in capsys.readouterr().err
     for name in ("matplotlib", "matplotlib.figure"):
@@ -156,7 +156,7 @@ def test_what_would_fail_after_measuring_fails_before(tmp_path, capsys, monkeypa
 def test_without_a_folder_the_picture_is_where_the_figures_are(tmp_path, monkeypatch, words, folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(generate, "bench_generate", lambda **options: STEP)
+    monkeypatch.setattr(commands, "bench_generate", lambda **options: STEP)
     assert main(["bench", "generate", *words, "--plot"]) == 0
     size_of(tmp_path / folder / "decode_step_cpu.png")
 

@@ -1,0 +1,123 @@
+"""What `cupaged bench` does with its arguments; `write` puts text on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from cupaged.bench.decode import bench_decode
+from cupaged.bench.generate import bench_generate
+from cupaged.bench.plots import check, draw, read_result
+from cupaged.bench.results import format_row, save, usual_name
+from cupaged.bench.serving import HEADER, Lengths, bench_policy, bench_serving
+from cupaged.bench.serving import format_row as format_requests
+from cupaged.errors import InvalidArgument
+from cupaged.llm import LLM
+
+Write = Callable[[str], None]
+
+
+def generate(args: argparse.Namespace, write: Write) -> None:
+    """`bench generate`: one request, or with --batch and --context steps of many sequences."""
+    _check_outputs(args)
+    if args.batch is not None or args.context is not None:
+        _decode(args, write)
+        return
+    if args.load_format == "dummy":
+        raise InvalidArgument("--load-format dummy is for --batch and --context; give these too")
+    result = bench_generate(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        threads=args.threads,
+        runs=args.runs,
+        prompt_tokens=args.prompt_tokens,
+        tokens=args.tokens,
+        report=lambda row: write(format_row(row) + "\n"),
+    )
+    _keep(args, result, "generate")
+
+
+def _decode(args: argparse.Namespace, write: Write) -> None:
+    if args.plot is not None:
+        raise InvalidArgument("--plot has no picture of --batch and --context; leave it out")
+    result = bench_decode(
+        args.model,
+        args.batch or [1],
+        args.context or [512],
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        threads=args.threads,
+        load_format=args.load_format,
+        tokens=args.tokens,
+        report=lambda row: write(format_row(row) + "\n"),
+    )
+    _keep(args, result, "decode")
+
+
+def serving(args: argparse.Namespace, write: Write) -> None:
+    """`bench serving`: many requests at once."""
+    _check_outputs(args)
+    lengths = Lengths(args.prompt_tokens, args.tokens, args.spread)
+    if args.policy_only:
+        write(format_requests(bench_policy()) + "\n")
+        return
+    llm = LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        kv_memory=args.kv_memory,
+        threads=args.threads,
+        block_size=args.block_size,
+        max_model_len=lengths.longest,
+        max_num_seqs=args.max_num_seqs or max([*args.concurrency, *([256] if args.rate else [])], default=1),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        load_format=args.load_format,
+    )
+    policy = bench_policy()
+    write(f"{format_requests(policy)}\n{HEADER}\n")
+    result = bench_serving(
+        llm,
+        args.concurrency,
+        args.rate,
+        args.requests,
+        lengths,
+        args.threads,
+        report=lambda row: write(format_requests(row) + "\n"),
+    )
+    result["rows"].insert(0, policy)
+    _keep(args, result, "serving")
+
+
+def plot(args: argparse.Namespace, write: Write) -> None:
+    """`bench plot`: pictures of result files."""
+    for path, result in [(path, read_result(path)) for path in args.results]:  # all are read before one is drawn
+        write(f"{draw(result, path)}\n")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """What could not be written after minutes of measuring is refused now."""
+    if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
+    if args.plot is not None:
+        check(_plot_folder(args))
+
+
+def _plot_folder(args: argparse.Namespace) -> str:
+    if args.plot or args.output is None:
+        return args.plot or "."
+    return args.output if os.path.isdir(args.output) else os.path.dirname(args.output) or "."
+
+
+def _keep(args: argparse.Namespace, result: dict, what: str) -> None:
+    """Write what a bench found to where --output and --plot say."""
+    if args.output is not None:
+        print(f"cupaged: wrote {save(result, args.output, what)}", file=sys.stderr)
+    if args.plot is not None:
+        picture = draw(result, os.path.join(_plot_folder(args), usual_name(result, what)))
+        print(f"cupaged: wrote {picture}", file=sys.stderr)
