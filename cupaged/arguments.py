@@ -154,7 +154,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
         metavar="N",
         help="running and waiting at a time; more get 429 (default: 1024)",
     )
-    group.add_argument("--max-body", default="16MiB", metavar="SIZE", help="of a request; more gets 413 (default: 16MiB)")
+    group.add_argument("--max-body", default="4MiB", metavar="SIZE", help="of a request; more gets 413 (default: 4MiB)")
     group.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds a request may take (default: 600)")
     group.add_argument(
         "--grace", type=float, default=30, metavar="S", help="seconds running requests get to finish at SIGTERM (default: 30)"

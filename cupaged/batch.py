@@ -124,7 +124,7 @@ def _result(llm: LLM, request: _Request, outputs: list[RequestOutput]) -> dict[s
     if errors:
         return errors[0]
     try:
-        return answer(request.url, request.body, outputs, request.id, llm.path.name)
+        return answer(request.url, request.body, outputs, request.id, llm.path.name, llm.tokenizer)
     except Exception as error:
         return f"internal error: {type(error).__name__}: {error}"
 

@@ -6,6 +6,7 @@ that is not known is ignored; one that is known, would change the answer and can
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from cupaged.errors import InvalidArgument
 from cupaged.structured import constraint
 
 if TYPE_CHECKING:
+    from cupaged.checkpoint.tokenizer import Tokenizer
     from cupaged.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from cupaged.llm import LLM, Prompt
     from cupaged.model.sampling import SamplingParams
@@ -79,6 +81,8 @@ def parse(llm: LLM, url: str, body: dict[str, Any], seed: int | None = None) -> 
         values.setdefault("max_tokens", COMPLETION_TOKENS)
     if "response_format" in given:
         limited = constraint(llm, given["response_format"])
+        if limited is not None and given.get("min_tokens"):
+            raise InvalidArgument("min_tokens may forbid the end of an answer that is whole; leave it out with response_format")
         values["logits_processors"] = [] if limited is None else [limited]
     params = llm.default_sampling_params(**values)
     if params.n > MAX_N:
@@ -86,7 +90,9 @@ def parse(llm: LLM, url: str, body: dict[str, Any], seed: int | None = None) -> 
     return prompts, params
 
 
-def answer(url: str, body: dict[str, Any], outputs: Sequence[RequestOutput], request_id: str, model: str) -> dict[str, Any]:
+def answer(
+    url: str, body: dict[str, Any], outputs: Sequence[RequestOutput], request_id: str, model: str, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """The response body for the finished outputs of all prompts of a request; `model` is named where the body names none."""
     choices, num_logprobs = [], _num_logprobs(url, body)
     for output in outputs:
@@ -96,7 +102,7 @@ def answer(url: str, body: dict[str, Any], outputs: Sequence[RequestOutput], req
                 choice["message"] = {"role": "assistant", "content": completion.text, "refusal": None}
             else:
                 choice["text"] = completion.text
-            choice["logprobs"] = None if num_logprobs is None else _logprobs(url, completion, num_logprobs)
+            choice["logprobs"] = None if num_logprobs is None else _logprobs(url, completion, num_logprobs, tokenizer)
             choices.append({**choice, "finish_reason": completion.finish_reason})
     kind = "chat.completion" if url == CHAT else "text_completion"
     return {**_head(url, kind, request_id, body.get("model") or model), "choices": choices, "usage": usage(outputs)}
@@ -108,8 +114,8 @@ class Chunks:
     The first piece of a chat's choice names the role, the last one of every choice its finish_reason.
     """
 
-    def __init__(self, url: str, body: dict[str, Any], request_id: str, model: str) -> None:
-        self._url, self._num_logprobs = url, _num_logprobs(url, body)
+    def __init__(self, url: str, body: dict[str, Any], request_id: str, model: str, tokenizer: Tokenizer) -> None:
+        self._url, self._num_logprobs, self._tokenizer = url, _num_logprobs(url, body), tokenizer
         kind = "chat.completion.chunk" if url == CHAT else "text_completion"
         self._head = _head(url, kind, request_id, body.get("model") or model)
         self._usage = {"usage": None} if (body.get("stream_options") or {}).get("include_usage") else {}
@@ -129,7 +135,7 @@ class Chunks:
             text = completion.text[num_shown:]
             logprobs = None
             if self._num_logprobs is not None and len(completion.token_ids) > num_tokens:
-                logprobs = _logprobs(self._url, completion, self._num_logprobs, num_tokens)
+                logprobs = _logprobs(self._url, completion, self._num_logprobs, self._tokenizer, num_tokens)
             if index not in self._shown and self._url == CHAT:
                 chunks.append(self._chunk(index, {"delta": {"role": "assistant", "content": ""}}))
             if text or logprobs:
@@ -238,35 +244,37 @@ def _shown(value: object) -> str:
 # ---- what is answered
 
 
-def _logprobs(url: str, completion: CompletionOutput, count: int, first: int = 0) -> dict[str, Any]:
+def _logprobs(url: str, completion: CompletionOutput, count: int, tokenizer: Tokenizer, first: int = 0) -> dict[str, Any]:
     """Of the tokens from number `first` on."""
 
-    def by_rank(step: dict[int, Logprob]) -> list[Logprob]:
-        return sorted(step.values(), key=lambda entry: entry.rank)
+    def by_rank(step: dict[int, Logprob]) -> list[tuple[int, Logprob]]:
+        return sorted(step.items(), key=lambda item: item[1].rank)
 
-    steps = completion.logprobs[first:]
-    chosen = [step[token_id] for step, token_id in zip(steps, completion.token_ids[first:], strict=True)]
+    ids, steps = completion.token_ids[first:], completion.logprobs[first:]
+    chosen = [step[token_id] for step, token_id in zip(steps, ids, strict=True)]
     if url == CHAT:
 
-        def entry(logprob: Logprob) -> dict[str, Any]:
-            text = logprob.decoded_token
-            return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode())}
+        def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
+            return {"token": logprob.decoded_token, "logprob": logprob.logprob, "bytes": list(tokenizer.token_bytes(token_id))}
 
         return {
             "content": [
                 # The engine tells of the token that was drawn beside those of the highest ranks.
-                {**entry(own), "top_logprobs": [entry(other) for other in by_rank(step) if other.rank <= count]}
-                for own, step in zip(chosen, steps, strict=True)
-            ]
+                {
+                    **entry(token_id, own),
+                    "top_logprobs": [entry(*other) for other in by_rank(step) if other[1].rank <= count],
+                }
+                for token_id, own, step in zip(ids, chosen, steps, strict=True)
+            ],
+            "refusal": None,
         }
-    before = zip(completion.logprobs[:first], completion.token_ids[:first], strict=True)
-    offsets = [sum(len(step[token_id].decoded_token) for step, token_id in before)]
-    for own in chosen:
-        offsets.append(offsets[-1] + len(own.decoded_token))
+    decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), [0]  # a character counts once it is whole
+    for token_id in completion.token_ids:
+        offsets.append(offsets[-1] + len(decoder.decode(tokenizer.token_bytes(token_id))))
     return {
         "tokens": [own.decoded_token for own in chosen],
         "token_logprobs": [own.logprob for own in chosen],
         # Of tokens that read the same (parts of characters) the most probable one, entered last, stays.
-        "top_logprobs": [{other.decoded_token: other.logprob for other in reversed(by_rank(step))} for step in steps],
-        "text_offset": offsets[:-1],
+        "top_logprobs": [{other.decoded_token: other.logprob for _, other in reversed(by_rank(step))} for step in steps],
+        "text_offset": offsets[first:-1],
     }

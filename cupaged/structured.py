@@ -41,12 +41,11 @@ class JSONConstraint:
         self._tokenizer = _tokenizer(llm)
         self._eos = list(llm.engine.eos_token_ids)
         # Blanks between the parts could go on for ever.
-        self._grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
-        error = self._matcher().get_error()
-        if error:
-            raise InvalidArgument(
-                f"response_format has a schema that cannot be used ({' '.join(error.split())[:300]}); change it"
-            )
+        try:
+            self._grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
+            self._mask(self._matcher())
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(f"response_format has a schema that cannot be used ({error}); change it") from error
         self._states: dict[tuple[int, ...], LLMatcher] = {}  # after these tokens; candidates of a request have each their own
 
     def __call__(self, token_ids: list[int], logits: np.ndarray) -> np.ndarray:
@@ -55,21 +54,37 @@ class JSONConstraint:
         new = token_ids[-1:]
         if matcher is None:  # the beginning, or two candidates that began alike
             matcher, new = self._matcher(), token_ids
-        if (new and not matcher.consume_tokens(new)) or matcher.is_error():
-            raise ValueError(matcher.get_error() or "the tokens so far do not fit the grammar")
+        for token_id in new:
+            if not matcher.is_stopped() and not matcher.consume_token(token_id):
+                raise ValueError(_cause(matcher))
         allowed = np.zeros(len(logits), bool)
         if matcher.is_stopped():  # it is whole, and the request ignores ends
             allowed[self._eos] = True
         else:
-            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), count=len(logits), bitorder="little")
+            bits = np.unpackbits(np.frombuffer(self._mask(matcher), np.uint8), count=len(logits), bitorder="little")
             allowed[: len(bits)] = bits
         self._states[tuple(token_ids)] = matcher
         return np.where(allowed, logits, -np.inf)
 
+    def _mask(self, matcher: LLMatcher) -> bytes:
+        """A bit for each token that may come next; ValueError where the grammar is too much or leads nowhere."""
+        mask = matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ValueError(_cause(matcher))
+        return mask
+
     def _matcher(self) -> LLMatcher:
         from llguidance import LLMatcher
 
-        return LLMatcher(self._tokenizer, self._grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer, self._grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(_cause(matcher))
+        return matcher
+
+
+def _cause(matcher: LLMatcher) -> str:
+    text = matcher.get_error().partition("<state>")[0] or "the tokens so far do not fit the grammar"  # what follows is a dump
+    return " ".join(text.split())[:300]
 
 
 def constraint(llm: LLM, response_format: object) -> JSONConstraint | None:

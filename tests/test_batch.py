@@ -187,7 +187,9 @@ def test_log_probabilities_are_those_of_the_model(batch, llm):
             continue
         assert [step["token"] for step in given["content"]] == [entry.decoded_token for entry in drawn]
         assert [step["logprob"] for step in given["content"]] == pytest.approx([entry.logprob for entry in drawn], abs=1e-4)
-        assert [bytes(step["bytes"]).decode() for step in given["content"]] == [entry.decoded_token for entry in drawn]
+        assert [bytes(step["bytes"]).decode(errors="replace") for step in given["content"]] == [
+            entry.decoded_token for entry in drawn
+        ]
         for step, tops in zip(given["content"], best, strict=True):
             assert [top["token"] for top in step["top_logprobs"]] == [entry.decoded_token for entry in tops]
 

@@ -170,6 +170,28 @@ def test_a_stream_adds_up_to_the_whole(served, chat, n):
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
+def test_the_bytes_of_tokens_add_up_to_the_text(served):
+    """Tokens are bytes here, so that no character outside of ASCII is a token's own."""
+    bias = {str(byte): 100 - place for place, byte in enumerate("🐱é".encode())}
+    asked = {
+        "model": "tiny",
+        "logit_bias": bias,
+        "presence_penalty": 2,
+        "frequency_penalty": 2,
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    answer = served.client().chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=2, **asked)
+    [choice] = answer.choices
+    data = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+    assert len(data) == 60
+    assert max(data) >= 0x80
+    assert data.decode(errors="replace").replace("\ufffd", "") == choice.message.content.replace("\ufffd", "")
+    completion = served.client().completions.create(prompt="Hello", logprobs=1, **asked).choices[0]
+    assert completion.logprobs.text_offset[0] == 0
+    assert completion.logprobs.text_offset == sorted(completion.logprobs.text_offset)
+
+
 def test_models_health_and_metrics(served):
     client = served.client()
     assert [card.id for card in client.models.list()] == ["tiny"]
@@ -268,6 +290,33 @@ def test_without_the_key_there_is_nothing(served, header):
     assert httpx.post(f"{served.url}/v1/completions", headers=headers, json={"prompt": "a"}).status_code == 401
 
 
+@pytest.mark.parametrize("key", ["sécret", "ключ", "a b"])
+def test_a_key_may_have_any_letters(model, key):
+    served = Served(model, CUPAGED_API_KEY=f"{key}\n")
+    try:
+        for header in (f"Bearer {key}", f"bearer   {key}"):
+            assert httpx.get(f"{served.url}/v1/models", headers={"Authorization": header.encode()}).status_code == 200
+        assert httpx.get(f"{served.url}/v1/models", headers={"Authorization": f"Bearer {key}s".encode()}).status_code == 401
+    finally:
+        assert served.end()[0] == 0
+
+
+def test_a_long_text_holds_nobody_up(model):
+    served = Served(model)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            long = pool.submit(served.post, "/v1/completions", json={"prompt": "some words " * 300_000})
+            slowest = 0.0
+            while not long.done():
+                started = time.monotonic()
+                assert httpx.get(f"{served.url}/health").status_code == 200
+                slowest = max(slowest, time.monotonic() - started)
+            assert long.result().status_code == 400
+        assert slowest < 1.5
+    finally:
+        assert served.end()[0] == 0
+
+
 def test_a_body_that_is_too_large_is_not_read(served):
     assert served.post(content=b'{"a": "' + b"x" * 300_000).status_code == 413
 
@@ -359,6 +408,51 @@ def test_answers_are_of_the_schema_that_was_asked_for(served):
         for text, reason in choices:
             assert reason == "stop", f"{text} (CUPAGED_TEST_SEED={SEED})"
             assert fits(json.loads(text), schema), f"{text} is not of {schema} (CUPAGED_TEST_SEED={SEED})"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nothing"},
+        {"$ref": "#"},
+        {"enum": ["\ud800"]},
+        json.loads('{"type":"object","properties":{"a":' * 100 + "{}" + "}}" * 100),
+        {"type": "object", "required": ["a"], "properties": {"a": False}},
+    ],
+    ids=lambda schema: json.dumps(schema)[:30],
+)
+def test_a_schema_that_leads_nowhere_is_refused(served, schema):
+    shape = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    response = served.post(content=json.dumps({"messages": MESSAGES, "response_format": shape, "max_tokens": 20}).encode())
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "schema" in message
+    assert len(message) < 500
+
+
+def test_a_grammar_that_becomes_too_much_is_an_error_and_no_answer(served):
+    texts = ({"type": "string", "pattern": f".*{i}.*"} for i in range(500))
+    parts = [{"type": "object", "properties": {"a": text}, "required": ["a"]} for text in texts]
+    shape = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"anyOf": parts}}}
+    response = served.post(json={"messages": MESSAGES, "response_format": shape, "max_tokens": 60})
+    if response.status_code == 200:
+        [choice] = response.json()["choices"]
+        assert choice["finish_reason"] == "length" or json.loads(choice["message"]["content"])
+    else:
+        assert response.status_code == 400
+        assert "<state>" not in response.text
+
+
+def test_what_comes_after_the_json_is_nothing(served):
+    shape = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "boolean"}}}
+    body = {"messages": MESSAGES, "response_format": shape, "max_tokens": 40, "ignore_eos": True, "n": 3, "temperature": 1}
+    response = served.post(json=body)
+    assert response.status_code == 200, response.text
+    for choice in response.json()["choices"]:
+        assert json.loads(choice["message"]["content"]) in (True, False)
+    response = served.post(json={**body, "min_tokens": 10})
+    assert response.status_code == 400
+    assert "min_tokens" in response.json()["error"]["message"]
 
 
 def test_any_json_object(served):
@@ -522,6 +616,36 @@ def test_what_outlasts_the_grace_gets_a_clean_error(model):
             stream.result(60)
     _, err = served.process.communicate(timeout=60)
     assert (served.process.returncode, err) == (0, "")
+
+
+def test_a_second_sigterm_ends_the_grace(model):
+    served = Served(model)
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 500, "temperature": 1, "n": 60, "extra_body": {"ignore_eos": True}}
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(served.client().completions.create, **asked)
+        deadline = time.monotonic() + 20
+        while served.metrics()["cupaged_generated_tokens_total"] < 100 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(2):
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        with pytest.raises(openai.InternalServerError, match="the server ended"):
+            whole.result(60)
+    _, err = served.process.communicate(timeout=60)
+    assert (served.process.returncode, err) == (0, "")
+
+
+def test_a_body_that_never_comes_does_not_hold_up_the_end(model):
+    served = Served(model, "--grace", 0.3)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(raw("/v1/completions", {"prompt": "abc"}, length=1000))
+        time.sleep(0.3)
+        started = time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503 ")
+    _, err = served.process.communicate(timeout=60)
+    assert (served.process.returncode, err) == (0, "")
+    assert time.monotonic() - started < 5
 
 
 def test_ctrl_c_ends_with_130(model):

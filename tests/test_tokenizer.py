@@ -5,6 +5,7 @@ import random
 from datetime import datetime
 
 import pytest
+import reference
 import tokenizers
 from tiny_models import write_tokenizer
 from tokenizers import decoders, models, normalizers, processors
@@ -319,3 +320,11 @@ def test_broken_companions(folder):
     refused(folder, "chat_template.jinja")
     (folder / "tokenizer_config.json").write_text("{")
     refused(folder, "tokenizer_config.json", "JSON")
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text():
+    tokenizer = Tokenizer.from_folder(reference.smollm2_folder())
+    text = "Straße 42: naïve 🐱‍👤, 日本語\n\tfin"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.token_bytes(1) == b"<|im_start|>"
+    assert tokenizer.token_bytes(10**6) == b""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from operator import index
 from pathlib import Path
 
@@ -15,6 +18,12 @@ from cupaged.checkpoint.config import read_json
 from cupaged.errors import CheckpointError, CupagedError, InvalidArgument
 
 _INCOMPLETE = "\ufffd"  # what bytes that do not (yet) make a character decode to
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+# Byte-level vocabularies write a byte as a letter: a printable one as itself, the others as those from U+0100 on.
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)).difference(_PRINTABLE)))
+}
 
 
 class Tokenizer:
@@ -77,7 +86,9 @@ class Tokenizer:
                 f"The text holds a lone surrogate at character {error.start}. Give text that can be written as UTF-8."
             ) from error
         with _failing_as(InvalidArgument, "The tokenizer cannot encode the text", "Change the text or check tokenizer.json"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # As a batch of one: `encode` holds Python's lock, which for a text of megabytes stops all other threads.
+            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoding.ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -96,6 +107,26 @@ class Tokenizer:
     def decode_token(self, id_: int) -> str:
         """The text of one token by itself, special ones by their names; "" for ids of a padded vocabulary."""
         return self._tokenizer.decode([id_], skip_special_tokens=False) if id_ < self.vocab_size else ""
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes that one token stands for, special ones for their names: parts of a character too, which have no text."""
+        token = self._tokenizer.id_to_token(id_) if id_ < self.vocab_size else None
+        if token is None:
+            return b""
+        if id_ not in self._added_ids:
+            if self._is_byte_level and all(letter in _BYTE_OF_LETTER for letter in token):
+                return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+            if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+                return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()  # as SentencePiece writes a blank
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self.to_json())["decoder"])
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
         """A decoder for ids that arrive one by one."""

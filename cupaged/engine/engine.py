@@ -216,7 +216,6 @@ class Engine:
         """InvalidArgument unless the prompt is one and leaves room for so many tokens."""
         if not token_ids:
             raise InvalidArgument("the prompt is empty; give at least one token")
-        self._check_vocabulary("the prompt holds", token_ids)
         for holder, room, remedy in (
             ("context", self.max_model_len, "max_model_len"),
             ("KV pool", self.blocks.capacity, "kv_memory"),
@@ -225,6 +224,7 @@ class Engine:
                 answer = ", one of them for the answer" if num_new and len(token_ids) == room else ""
                 cause = f"the prompt has {len(token_ids)} tokens and the {holder} holds {room}{answer}"
                 raise InvalidArgument(f"{cause}; shorten it or raise {remedy}")
+        self._check_vocabulary("the prompt holds", token_ids)
 
     def _check_vocabulary(self, holder: str, token_ids: Iterable[int]) -> None:
         vocab_size = self.model.config.vocab_size

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import itertools
 import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cupaged")
 
 MAX_COMPLETIONS = 1024  # of one request: prompts times n
+MAX_MESSAGES = 10_000  # of one chat
 BODY_SECONDS = 30  # in which a body must have come
 SEND_SECONDS = 60  # in which a client must have read what was sent
+GONE_SECONDS = 1  # the same once the server has ended
 
 _Send = Callable[[dict], Awaitable[None]]
 _Receive = Callable[[], Awaitable[dict]]
@@ -63,7 +65,7 @@ class ServerOptions:
     name: str
     api_key: str | None = None
     max_requests: int = 1024
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20
     timeout: float = 600.0
     grace: float = 30.0
     allowed_origins: tuple[str, ...] = ()
@@ -152,8 +154,8 @@ class Api:
         self.engine, self.options = engine, options
         self.metrics = ServerMetrics()
         self.draining = False  # no new requests: the server is about to end
+        self.ended = asyncio.Event()  # the grace is over: nothing is waited for any more
         self._num_requests = 0  # running and waiting
-        self._ids = itertools.count()
         self._started = int(time.time())
         routes = [
             Route("/health", self._health),
@@ -175,9 +177,9 @@ class Api:
         """ApiError 401 unless a request to /v1 carries the key; how long that takes tells nothing about the key."""
         if self.options.api_key is None or not request.url.path.startswith("/v1"):
             return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(key.strip().encode(), self.options.api_key.encode())
-        if scheme.lower() != "bearer" or not same:
+        scheme, *key = request.headers.get("authorization", "").encode("latin-1").split(None, 1) or [b""]  # bytes as they came
+        same = hmac.compare_digest(b"".join(key).strip(), self.options.api_key.strip().encode())
+        if scheme.lower() != b"bearer" or not same:
             cause = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, cause, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
@@ -220,7 +222,9 @@ class Api:
             return bytes(data)
 
         try:
-            body = json.loads(await _in_time(read(), BODY_SECONDS))
+            body = json.loads(await _in_time(read(), BODY_SECONDS, self.ended))
+        except _EndedError as error:
+            raise ApiError(503, "the server ended before the request had come", headers={"Connection": "close"}) from error
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS} s", headers={"Connection": "close"}) from error
         except (ValueError, RecursionError) as error:
@@ -230,6 +234,10 @@ class Api:
         return body
 
     def _shape(self, url: str, body: dict[str, Any]) -> _Generation:
+        for name, most in (("prompt", MAX_COMPLETIONS), ("messages", MAX_MESSAGES)):  # to check them all would take seconds
+            several = body.get(name)
+            if isinstance(several, list) and len(several) > most and not isinstance(several[0], int):
+                raise ApiError(400, f"{name} has {len(several)} entries; give {most} at most")
         try:
             shape = _SHAPES[url].model_validate(body)
         except ValidationError as error:
@@ -277,11 +285,12 @@ class Api:
         async with contextlib.aclosing(outputs):
             async for number, output in outputs:
                 last[number] = output
-        result = answer(url, body, [last[number] for number in sorted(last)], f"{next(self._ids)}", self.options.name)
+        ordered, tokenizer = [last[number] for number in sorted(last)], self.engine.llm.tokenizer
+        result = answer(url, body, ordered, uuid.uuid4().hex, self.options.name, tokenizer)
         await _respond(JSONResponse(result), send)
 
     async def _stream(self, url: str, body: dict, outputs: AsyncIterator[tuple[int, RequestOutput]], send: _Send) -> None:
-        chunks = Chunks(url, body, f"{next(self._ids)}", self.options.name)
+        chunks = Chunks(url, body, uuid.uuid4().hex, self.options.name, self.engine.llm.tokenizer)
         begun = False
 
         async def say(*events: object) -> None:
@@ -360,12 +369,16 @@ class _Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await _in_time(send(message), SEND_SECONDS)
+            await _in_time(send(message), GONE_SECONDS if self._api.ended.is_set() else SEND_SECONDS)
 
         request = Request(scope, receive)
         try:
             self._api.check_key(request)
             await self._app({**scope, "app": self._api}, receive, send_in_time)  # with "app" it raises what it does not know
+        except asyncio.CancelledError:  # the process does not wait any longer
+            if status is not None or not self._api.draining:
+                raise
+            await _respond(_error_response(ApiError(503, "the server has ended")), send_in_time)
         except ClientDisconnect:
             status = 499  # as nginx calls it; nobody is there to be told
         except asyncio.TimeoutError:
@@ -383,16 +396,25 @@ def anext_of(iterator: AsyncIterator[RequestOutput]) -> Awaitable[RequestOutput]
     return iterator.__anext__()
 
 
-async def _in_time(work: Awaitable[_Result], seconds: float) -> _Result:
-    """The result, or asyncio.TimeoutError. (Up to Python 3.11 asyncio.wait_for can lose a cancellation as the work ends.)"""
+class _EndedError(Exception):
+    """The server has ended."""
+
+
+async def _in_time(work: Awaitable[_Result], seconds: float, ended: asyncio.Event | None = None) -> _Result:
+    """The result; or asyncio.TimeoutError; or _EndedError, once `ended` is set.
+
+    Up to Python 3.11 asyncio.wait_for can lose a cancellation that comes as the work ends.
+    """
     task = asyncio.ensure_future(work)
+    watch = [] if ended is None else [asyncio.ensure_future(ended.wait())]
     try:
-        done, _ = await asyncio.wait((task,), timeout=seconds)
-        if not done:
-            raise asyncio.TimeoutError
-        return task.result()
+        done, _ = await asyncio.wait((task, *watch), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task in done:
+            return task.result()
+        raise _EndedError if done else asyncio.TimeoutError
     finally:
-        task.cancel()
+        for each in (task, *watch):
+            each.cancel()
 
 
 async def _while_connected(receive: _Receive, work: Awaitable[None]) -> None:

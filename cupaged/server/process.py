@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -57,12 +58,17 @@ def serve(llm: LLM, bound: socket.socket, options: ServerOptions, access_log: bo
         lifespan="off",
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=math.ceil(options.grace) + 10,
+        timeout_graceful_shutdown=math.ceil(options.grace) + 2,
+        http="h11",
+        ws="none",
     )
     server = _Server(config, api)
     host, port = bound.getsockname()[:2]
     server.said = f"serving {options.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C ends"
-    server.run([bound])
+    try:
+        server.run([bound])
+    except OSError as error:  # another process was quicker
+        raise InvalidArgument(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
     if server.interrupted:
         raise KeyboardInterrupt
 
@@ -70,7 +76,7 @@ def serve(llm: LLM, bound: socket.socket, options: ServerOptions, access_log: bo
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, api: Api) -> None:
         super().__init__(config)
-        self.api, self.said, self.interrupted = api, "", False
+        self.api, self.said, self.interrupted, self.hurries = api, "", False, False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -84,7 +90,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self.interrupted = self.interrupted or sig == signal.SIGINT
-        self.force_exit = self.should_exit  # the second time
+        self.force_exit = self.hurries  # the third time
+        self.hurries = self.should_exit  # the second
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -101,8 +108,11 @@ class _Server(uvicorn.Server):
             await self.api.engine.close()
 
     async def _end_requests(self) -> None:
-        """After the grace time what still runs is aborted, so that its clients are told."""
-        await asyncio.sleep(self.api.options.grace)
+        """After the grace time, or a second signal, what still runs is aborted, so that its clients are told."""
+        ends = time.monotonic() + self.api.options.grace
+        while time.monotonic() < ends and not self.hurries:
+            await asyncio.sleep(0.05)
+        self.api.ended.set()
         await self.api.engine.close()
 
 
