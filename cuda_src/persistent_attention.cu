@@ -13,7 +13,7 @@
 //   own quarter     | warp 3 fetches |        a warp meets no other until     the warps meet at every chunk:
 //                   +----------------+        the part's end: merge of four   they fetch for one another
 //
-//   chunk (a warp): wait -> barrier -> refill the stage before -> S = Q K^T (mma) -> mask where the rows' borders are
+//   chunk (a warp): wait -> barrier -> refill the stage before -> S = Q K^T (mma; decode: K Q^T) -> mask where the rows' borders are
 //                   -> online softmax, base 2, float32 -> O += P V (mma; P goes from accumulators to operands in registers)
 //
 // A whole task writes its output. A part writes a normalised partial result and its lse, and counts itself; who counts last

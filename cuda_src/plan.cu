@@ -1,5 +1,5 @@
 // The plan of paged attention, made on the device: what cupaged/attention/planner.py makes on the host, bit by bit, by
-// one CTA. So a captured graph can go on while lengths and pages change.
+// one CTA, for a grid that does not deal. So a captured graph can go on while lengths and pages change.
 //
 //   sequences  -- scan of tiles per sequence -->  tiles  -- scan of costs -->  where CTAs begin  -- scan of cuts -->  CTAs
 //

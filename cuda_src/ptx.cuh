@@ -142,7 +142,6 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return power;
 }
 
-// ---- between CTAs -----------------------------------------------------------------------------------------------
 // 1 / x, right to 1 ulp.
 __device__ __forceinline__ float rcp_approx(float x) {
   float reciprocal;
@@ -150,6 +149,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return reciprocal;
 }
 
+// ---- between CTAs -----------------------------------------------------------------------------------------------
 // Adds to a counter that CTAs share and gives what it was. What this CTA wrote before its last barrier is there for all whose
 // later addition sees this one.
 __device__ __forceinline__ unsigned atom_add_acq_rel_gpu(unsigned* counter, unsigned value) {

@@ -180,8 +180,8 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
 
     sub = command("bench generate", "One request: start-up, memory, prefill, decode, and where the time of a decode step goes.")
     _add_result_options(sub, "decode_step_<gpu|cpu>.png, where the time of a decode step goes")
-    sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
-    sub.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="random tokens to prefill (default: 512)")
+    sub.add_argument("--runs", type=int, metavar="N", help="repetitions, of which the median counts (default: 5)")
+    sub.add_argument("--prompt-tokens", type=int, metavar="N", help="random tokens to prefill (default: 512)")
     sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
     sub.add_argument(
         "--batch", type=int, nargs="+", metavar="B", help="measure only steps of B sequences at a time, and the prefill before"

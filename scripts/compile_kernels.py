@@ -27,11 +27,12 @@ def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **fl
 # The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
     *((persistent_attention(BF16, 128, 3, **flags), arch) for arch in ("90a", "100") for flags in ({}, {"DECODE_ONLY": 1})),
-    *((persistent_attention(BF16, 128, 2), arch) for arch in ("80", "86", "120")),
-    *((persistent_attention(F16, 128, 2, **{kv: 1}), arch) for arch in ("80", "89") for kv in ("KV_FP8", "KV_INT8")),
+    *((persistent_attention(BF16, 128, n), arch) for arch, n in (("80", 2), ("86", 3), ("120", 3))),
+    *((persistent_attention(F16, 128, 2, **{kv: 1}), "80") for kv in ("KV_FP8", "KV_INT8")),
+    *((persistent_attention(F16, 128, 3, **{kv: 1}), "89") for kv in ("KV_FP8", "KV_INT8")),
     *((persistent_attention(BF16, 128, 3, **{flag: 1}), "90a") for flag in ("KV_FP8", "KV_INT8", "MASK", "POINTERS")),
     (persistent_attention(F16, 64, 3), "90a"),
-    (persistent_attention(BF16, 64, 2, DECODE_ONLY=1), "86"),
+    (persistent_attention(BF16, 64, 3, DECODE_ONLY=1), "86"),
     (persistent_attention(BF16, 64, 6, KV_INT8=1, DECODE_ONLY=1), "100"),
     *(((persistent.SOURCES["sm90"], persistent.variant_sm90("bfloat16", dim)), "90a") for dim in (128, 64)),
     *((("sampling.cu", {}), arch) for arch in ("80", "90a", "120")),

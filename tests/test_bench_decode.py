@@ -72,6 +72,8 @@ def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
         (("--context", "0"), "context is 0"),
         (("--batch", "1", "2", "3", "--context", "4", "5"), "3 batches and 2 contexts"),
         (("--batch", "1", "--plot"), "--plot"),
+        (("--batch", "1", "--runs", "3"), "--runs"),
+        (("--context", "9", "--prompt-tokens", "5"), "--prompt-tokens"),
         (("--batch", "1", "--tokens", "0"), "tokens is 0"),
         ((), "--batch"),
     ],

@@ -91,5 +91,5 @@ def test_64_requests_together_as_alone(alone, layout):
         for expected, got in zip(outputs, request.outputs, strict=True):
             same += assert_as_alone(llm, prompt, params, expected, got)
             total += 1
-    assert total > 61
+    assert total > len(alone)  # some of several candidates
     assert same >= total - 2  # near-ties are rare

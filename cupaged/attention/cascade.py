@@ -25,7 +25,8 @@ Array = Any  # cupy.ndarray
 
 # As measured on an H100 (scripts/results/attention_ablation_h100.json). Without a cascade, what is shared is read again and
 # again from L2 while memory hands out the rest: that takes the longer of all bytes at 7 TB/s and of distinct ones at 3.1. With
-# one it takes the distinct bytes, and 35 to 50 us more, for the two launches and because the levels follow each other.
+# one it takes the distinct bytes, and more for the two launches and because the levels follow each other: 34 to 53 us at 64
+# sequences, 16 to 21 at 2 and 8.
 LAUNCH_BYTES = 350_000_000  # that L2 hands out in that time
 L2_PER_MEMORY = 2.25  # how many bytes L2 hands out while memory hands out one
 

@@ -22,7 +22,10 @@ Write = Callable[[str], None]
 def generate(args: argparse.Namespace, write: Write) -> None:
     """`bench generate`: one request, or with --batch and --context steps of many sequences."""
     _check_outputs(args)
+    given = {name: getattr(args, name) for name in ("runs", "prompt_tokens") if getattr(args, name) is not None}
     if args.batch is not None or args.context is not None:
+        if given:
+            raise InvalidArgument("--runs and --prompt-tokens have no place beside --batch and --context; leave them out")
         _decode(args, write)
         return
     if args.load_format == "dummy":
@@ -33,8 +36,7 @@ def generate(args: argparse.Namespace, write: Write) -> None:
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         threads=args.threads,
-        runs=args.runs,
-        prompt_tokens=args.prompt_tokens,
+        **given,
         tokens=args.tokens,
         report=lambda row: write(format_row(row) + "\n"),
     )

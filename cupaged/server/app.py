@@ -250,7 +250,7 @@ class Api:
     async def _outputs(self, iterators: list[AsyncIterator[RequestOutput]]) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(number of the prompt, its output so far) as they grow, the finished output of each in the end."""
         deadline = time.monotonic() + self.options.timeout
-        pending = {asyncio.ensure_future(anext_of(iterator)): number for number, iterator in enumerate(iterators)}
+        pending = {asyncio.ensure_future(anext(iterator)): number for number, iterator in enumerate(iterators)}
         newest: dict[int, RequestOutput] = {}
         try:
             while pending:
@@ -265,7 +265,7 @@ class Api:
                     if output.finished and output.error is not None:
                         raise self._failure(output)
                     if not output.finished:
-                        pending[asyncio.ensure_future(anext_of(iterators[number]))] = number
+                        pending[asyncio.ensure_future(anext(iterators[number]))] = number
                     yield number, output
         finally:
             for task in pending:
@@ -390,10 +390,6 @@ class _Guard:
             await _respond(_error_response(error), send_in_time)
         finally:
             self._api.metrics.answered(request.url.path, status)
-
-
-def anext_of(iterator: AsyncIterator[RequestOutput]) -> Awaitable[RequestOutput]:
-    return iterator.__anext__()
 
 
 class _EndedError(Exception):
