@@ -6,14 +6,6 @@
 constexpr int WARP_SLOTS = STEP / CONSUMER_WARPS;  // positions of a step that a warp attends to
 static_assert(WARP_SLOTS == 16, "one k step of the product with the values");
 
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if defined(DTYPE_BF16)
-  mma_m16n8k16_bf16(c, a, b0, b1);
-#else
-  mma_m16n8k16_f16(c, a, b0, b1);
-#endif
-}
-
 // With g = lane / 4 and t = lane % 4, a lane holds of rows g and g + 8 (half h = 0, 1) and of every 8 columns j the columns
 // 8 j + 2 t and the next: x[j][2 * h], x[j][2 * h + 1].
 struct DecodeTile {
@@ -48,8 +40,8 @@ struct DecodeTile {
     for (int k = 0; k < HEAD_DIM / 16; k++) {
       unsigned fragments[4];  // of the first 8 positions and the last 8, each pieces 2 k and 2 k + 1
       ldmatrix_x4(fragments, keys.piece(slot + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-      mma(score[0], q[k], fragments[0], fragments[1]);
-      mma(score[1], q[k], fragments[2], fragments[3]);
+      mma_of_scalars(score[0], q[k], fragments[0], fragments[1]);
+      mma_of_scalars(score[1], q[k], fragments[2], fragments[3]);
     }
     if (position < all_first || position + WARP_SLOTS > all_last + 1) {
       for (int i = 0; i < 8; i++) {
@@ -81,8 +73,8 @@ struct DecodeTile {
     for (int j = 0; j < HEAD_DIM / 8; j += 2) {
       unsigned fragments[4];  // of columns 8 j .. and 8 (j + 1) .., each 16 positions
       ldmatrix_x4_trans(fragments, values.piece(slot + lane % 16, j + lane / 16));
-      mma(out[j], weights, fragments[0], fragments[1]);
-      mma(out[j + 1], weights, fragments[2], fragments[3]);
+      mma_of_scalars(out[j], weights, fragments[0], fragments[1]);
+      mma_of_scalars(out[j + 1], weights, fragments[2], fragments[3]);
     }
   }
 

@@ -34,6 +34,15 @@ inline scalar round_to_scalar(float x) { return static_cast<scalar>(x); }
 #error "one of DTYPE_BF16 and DTYPE_F16 must be defined"
 #endif
 
+// c += a times b, as `mma_m16n8k16_bf16` says, of scalars.
+__device__ __forceinline__ void mma_of_scalars(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if defined(DTYPE_BF16)
+  mma_m16n8k16_bf16(c, a, b0, b1);
+#else
+  mma_m16n8k16_f16(c, a, b0, b1);
+#endif
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 template <class T>

@@ -1,35 +1,34 @@
-// out[i] = f(x[i], y[i]) for add and swiglu, and the addition of a bias to the rows of a matrix.
+// out = silu(gate) * up, gate and up lying in groups of 8 by turns, and the addition of a bias to the rows of a matrix.
 //
-//   | 8 | 8 | 8 | ... |   one 16-byte piece per thread, the grid over all; elements one by one where 8 do not divide them
+//   | gate 8 | up 8 | gate 8 | up 8 | ... |      a thread reads two 16-byte pieces and writes one, the grid over all;
+//   |     out 8     |     out 8     | ... |      elements one by one where 8 do not divide a row
 #include "dtypes.cuh"
 
-template <int N, class F>
-__device__ __forceinline__ void map_pieces(const scalar* x, const scalar* y, scalar* out, long long size, F f) {
-  const long long step = static_cast<long long>(gridDim.x) * blockDim.x * N;
-  for (long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * N; i < size; i += step) {
-    vec<scalar, N> a = load<N>(x + i);
-    const vec<scalar, N> b = load<N>(y + i);
-    for (int j = 0; j < N; j++) a.at[j] = from_float<scalar>(f(to_float(a.at[j]), to_float(b.at[j])));
-    store<N>(out + i, a);
-  }
-}
-
-template <class F>
-__device__ __forceinline__ void map(const scalar* x, const scalar* y, scalar* out, long long size, F f) {
-  if (size % 8 == 0 && aligned_to_16(x) && aligned_to_16(y) && aligned_to_16(out)) {
-    map_pieces<8>(x, y, out, size, f);
-  } else {
-    map_pieces<1>(x, y, out, size, f);
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(256) add(const scalar* x, const scalar* y, scalar* out, long long size) {
-  map(x, y, out, size, [](float a, float b) { return a + b; });
-}
-
 // silu(gate) * up; exp(-gate) may be inf: the quotient is then 0, as it should be
-extern "C" __global__ void __launch_bounds__(256) swiglu(const scalar* gate, const scalar* up, scalar* out, long long size) {
-  map(gate, up, out, size, [](float g, float u) { return g / (1.0f + expf(-g)) * u; });
+__device__ __forceinline__ scalar swiglu_of(scalar gate, scalar up) {
+  const float x = to_float(gate);
+  return from_float<scalar>(x / (1.0f + expf(-x)) * to_float(up));
+}
+
+// both [rows, 2 * width], out [rows, width], of `size` elements; the last group of a row may be of fewer than 8.
+extern "C" __global__ void __launch_bounds__(256) swiglu(const scalar* both, scalar* out, long long size, int width) {
+  const long long first = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+  if (width % 8 == 0 && aligned_to_16(both) && aligned_to_16(out)) {
+    for (long long i = first * 8; i < size; i += step * 8) {
+      vec<scalar, 8> gate = load<8>(both + 2 * i);
+      const vec<scalar, 8> up = load<8>(both + 2 * i + 8);
+      for (int j = 0; j < 8; j++) gate.at[j] = swiglu_of(gate.at[j], up.at[j]);
+      store<8>(out + i, gate);
+    }
+  } else {
+    for (long long i = first; i < size; i += step) {
+      const int column = static_cast<int>(i % width), in_group = column % 8;
+      const int group = min(8, width - (column - in_group));
+      const scalar* gate = both + 2 * (i - in_group) + in_group;
+      store<1>(out + i, {swiglu_of(gate[0], gate[group])});
+    }
+  }
 }
 
 // out[row] += bias, one row of `width` elements per CTA

@@ -165,6 +165,41 @@ __device__ __forceinline__ unsigned atom_add_relaxed_gpu(unsigned* counter, unsi
   return before;
 }
 
+// The same without a look at what it was.
+__device__ __forceinline__ void red_add_release_gpu(unsigned* counter, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// A store that others see in a while, with no promise about this thread's others.
+__device__ __forceinline__ void store_relaxed_gpu(uint4* target, const uint4& value) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+// What is there now, for loops that wait for another CTA's store; nothing about its other stores.
+__device__ __forceinline__ uint4 load_relaxed_gpu(const uint4* source) {
+  uint4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(source)
+               : "memory");
+  return value;
+}
+
+// What another CTA has counted; what that CTA wrote before its addition is there for this thread from here on.
+__device__ __forceinline__ unsigned load_acquire_gpu(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// Nanoseconds on a clock that all CTAs see.
+__device__ __forceinline__ unsigned long long globaltimer() {
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
 // What this thread has written and read before comes first for all that see what it writes after.
 __device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -295,6 +330,15 @@ __device__ __forceinline__ void tensor_copy_4d(void* shared, const TensorMap* ma
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
       : "memory");
 }
+// The same by a policy.
+__device__ __forceinline__ void tensor_copy_2d_hint(
+    void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier, unsigned long long policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -302,6 +346,16 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
 // What this thread has done to shared memory (stores, cp.async that it has waited for, reads) comes before what the copy
 // engine and wgmma do there after a barrier.
 __device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for global memory: by who has stored there before others are told, and by those once they know, before they copy.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- dependent launches ------------------------------------------------------------------------------------------------
+// The next kernel of the stream may come as soon as all CTAs have said so, where it was launched as a dependent one.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the kernels before have ended and what they wrote is there. No effect where this one was launched plainly.
+__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 #endif
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

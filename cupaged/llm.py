@@ -154,7 +154,8 @@ class LLM:
             )
         step_tokens = max_num_batched_tokens or (CPU_STEP_TOKENS if device_index is None else GPU_STEP_TOKENS)
         with self._device:
-            with ops.compiling(self.dtype, stored_as(self.kv_cache_dtype), self.config.head_dim, block_size):
+            of_kernels = self.dtype, stored_as(self.kv_cache_dtype), self.config.head_dim, block_size, self.config.qk_norm
+            with ops.compiling(*of_kernels):
                 llama = Llama(self.config, weights or _random_weights(self.config, ops, self.dtype), ops, self.dtype, longest)
             num_blocks = blocks_that_fit(
                 ops,

@@ -42,6 +42,7 @@ NAMED = [
     *(((source, F16), "89") for source in ("rms_norm.cu", "elementwise.cu", "rope_append.cu")),
     *((("rope_append.cu", {**BF16, "KV_INT8": 1}), arch) for arch in ("80", "90a", "120")),
     *((("rope_append.cu", {**F16, "KV_FP8": 1}), arch) for arch in ("86", "89", "100")),
+    *((("rope_append.cu", {**BF16, **kv, "QK_NORM": 1}), "90a") for kv in ({}, {"KV_INT8": 1}, {"KV_FP8": 1})),
     (("embedding.cu", {}), "86"),
 ]
 

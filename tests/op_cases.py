@@ -2,8 +2,8 @@
 
 A case draws the arguments of one operation. Arrays drawn in float64 stand for activations, weights and KV: they are rounded
 to the 16-bit type under test first, so that the reference computes from the very same numbers. float16, float32 and integers
-go as they are; what describes a batch, `index`, is drawn as the arguments of `ops.index`. Run by tests/test_ops_numpy.py (in
-float32), tests/emulator and tests/gpu.
+go as they are; what describes a batch, `index`, is drawn as the arguments of `ops.index`, and `qk_gains` as q_gain and k_gain.
+Run by tests/test_ops_numpy.py (in float32), tests/emulator and tests/gpu.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Case:
     writes: tuple[str, ...] = ()
     kv: str | None = None  # 8-bit type that it appends
     gives: str | None = None  # the dtype of its result, where that is not the one under test
+    fused: bool = False  # several operations in one: what lies between may be rounded to the type under test
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -65,7 +66,8 @@ def check(ops, case: Case, dtype: str) -> None:
     else:
         wanted = case.gives or arguments.get("dtype") or dtype
         assert str(result.dtype) == wanted, f"{where}: gives {result.dtype}, not {wanted}"
-        check_close(ops.download(result), expected, f"{where}: the result")
+        tolerance = max(TOLERANCE[wanted], 3 * TOLERANCE[dtype] if case.fused else 0)
+        check_close(ops.download(result), expected, f"{where}: the result", tolerance)
     if case.kv:
         check_codes(case.kv, dtype, arguments, after, where)
         return
@@ -77,18 +79,21 @@ def check(ops, case: Case, dtype: str) -> None:
 
 
 def call(ops, op: str, arguments: Arguments) -> object:
-    """The operation on arguments whose `index` is what `ops.index` takes."""
+    """The operation on arguments whose `index` is what `ops.index` takes, and whose q_gain and k_gain are its qk_gains."""
     made = {name: ops.index(**value) if name == "index" else value for name, value in arguments.items()}
+    if "q_gain" in made:
+        made["qk_gains"] = made.pop("q_gain"), made.pop("k_gain")
     return getattr(ops, op)(**made)
 
 
-def check_close(out: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """`out` is `expected` (float64) up to the tolerance of its dtype, in the 2-norm of every row (the last axis)."""
+def check_close(out: np.ndarray, expected: np.ndarray, what: str, tolerance: float | None = None) -> None:
+    """`out` is `expected` (float64) up to a tolerance, by default its dtype's, in the 2-norm of every row (the last axis)."""
+    tolerance = TOLERANCE[str(out.dtype)] if tolerance is None else tolerance
     assert out.shape == expected.shape, f"{what}: shape {out.shape}, not {expected.shape}"
     infinite = np.isinf(expected)
     assert (out[infinite] == expected[infinite]).all(), f"{what}: infinities"
     difference = np.linalg.norm(np.where(infinite, 0, out.astype(np.float64)) - np.where(infinite, 0, expected), axis=-1)
-    allowed = TOLERANCE[str(out.dtype)] * np.linalg.norm(np.where(infinite, 0, expected), axis=-1)
+    allowed = tolerance * np.linalg.norm(np.where(infinite, 0, expected), axis=-1)
     wrong = ~(difference <= allowed)
     assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.size} rows, up to {difference[wrong].max():.3g} off"
 
@@ -127,11 +132,58 @@ def linear(rows: int, inner: int, outer: int, bias: bool = False, dtype: str | N
     return Case("linear", f"{rows}x{inner}x{outer} {'bias ' * bias}{dtype or ''}", draw)
 
 
-def elementwise(op: str, names: tuple[str, str], *shape: int, scale: float = 1.0) -> Case:
+def norm_linear(rows: int, inner: int, outer: int, scale: float = 1.0, bias: bool = False, dtype: str | None = None) -> Case:
     def draw(rng):
-        return {name: scale * rng.standard_normal(shape) for name in names}
+        arguments = _normalised(rng, rows, inner, scale) | {"weight": rng.standard_normal((outer, inner)), "dtype": dtype}
+        return arguments | ({"bias": 10 * rng.standard_normal(outer)} if bias else {})
 
-    return Case(op, f"{'x'.join(map(str, shape))} times {scale}", draw)
+    return Case("norm_linear", f"{rows}x{inner}x{outer} times {scale} {'bias ' * bias}{dtype or ''}".rstrip(), draw, fused=True)
+
+
+def norm_swiglu(rows: int, inner: int, ffn: int, scale: float = 1.0, bias: bool = False) -> Case:
+    """Gate and up are of deviation `scale`."""
+
+    def draw(rng):
+        weight = scale / inner**0.5 * rng.standard_normal((2 * ffn, inner))
+        arguments = _normalised(rng, rows, inner, 1.0) | {"weight": weight}
+        return arguments | ({"bias": scale * rng.standard_normal(2 * ffn)} if bias else {})
+
+    return Case("norm_swiglu", f"{rows}x{inner}x{ffn} times {scale} {'bias' * bias}".rstrip(), draw, fused=True)
+
+
+def _normalised(rng, rows: int, inner: int, scale: float) -> Arguments:
+    return {"x": scale * rng.standard_normal((rows, inner)), "gain": rng.standard_normal(inner), "eps": 1e-5}
+
+
+def linear_add(rows: int, inner: int, outer: int, bias: bool = False) -> Case:
+    def draw(rng):
+        arguments = {"x": rng.standard_normal((rows, inner)), "weight": rng.standard_normal((outer, inner))}
+        arguments |= {"residual": 10 * rng.standard_normal((rows, outer))}
+        return arguments | ({"bias": 10 * rng.standard_normal(outer)} if bias else {})
+
+    return Case("linear_add", f"{rows}x{inner}x{outer} {'bias' * bias}".rstrip(), draw, writes=("residual",))
+
+
+def check_write(ops, monkeypatch) -> None:
+    """`write` into arrays and into parts of them with gaps, in slices, leaves the rest as it was."""
+    rng = np.random.default_rng([SEED, 3])
+    monkeypatch.setattr(ops, "_SLICE_BYTES", 3000, raising=False)
+    for shape, place in (
+        ((5,), slice(None)),
+        ((40, 64), slice(7, 31)),
+        ((40, 64), slice(7, 7)),
+        ((9, 2, 8, 33), (slice(None), 1)),
+        ((1, 2, 8, 33), (slice(None), 0)),
+        ((70, 2, 8), (slice(2, None), 1)),
+    ):
+        for dtype in (ops.DTYPES[0], "float32"):
+            whole = rng.standard_normal(shape).astype(dtype)
+            target, expected = ops.upload(whole.copy()), whole.copy()
+            expected[place] = given = rng.standard_normal(whole[place].shape, np.float32)
+            ops.write(target[place], given)
+            assert ops.download(target).tobytes() == expected.tobytes(), f"{shape} {dtype} (CUPAGED_TEST_SEED={SEED})"
+            ops.write(target[place], ops.upload(whole[place].copy()))
+            assert ops.download(target).tobytes() == whole.tobytes(), f"{shape} {dtype} on the device"
 
 
 # ---- batches of sequences ----------------------------------------------------------------------------------------------
@@ -193,7 +245,7 @@ def attention(name, sequences, heads, head_dim, block_size=16, window=None, shar
     return Case("paged_attention", f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size} {kv or ''}".rstrip(), draw)
 
 
-def rope(name, sequences, heads, head_dim, block_size=16, kv=None) -> Case:
+def rope(name, sequences, heads, head_dim, block_size=16, kv=None, qk_norm=False) -> Case:
     """With `kv`, an 8-bit type, the magnitude of K and V varies from row to row, and some heads are 0."""
 
     def draw(rng):
@@ -210,17 +262,37 @@ def rope(name, sequences, heads, head_dim, block_size=16, kv=None) -> Case:
             k *= 2.0 ** rng.uniform(-9, 9, (rows, heads[1], 1)) * (rng.random((rows, heads[1], 1)) < 0.9)
             v *= 2.0 ** rng.uniform(-9, 9, (rows, heads[1], 1)) * (rng.random((rows, heads[1], 1)) < 0.9)
             pools = _random_codes(rng, kv, np.isnan(pools["k_pool"]))
-        return {
-            "q": rng.standard_normal((rows, heads[0], head_dim)),
-            "k": k,
-            "v": v,
+        arguments = {
+            "qkv": np.concatenate([rng.standard_normal((rows, heads[0], head_dim)), k, v], axis=1),
             "rope_table": np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32),
             **pools,
             "index": index,
+            "num_heads": heads[0],
         }
+        if qk_norm:
+            arguments |= {"q_gain": rng.standard_normal(head_dim), "k_gain": rng.standard_normal(head_dim), "eps": 1e-3}
+        return arguments
 
-    name = f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size} {kv or ''}".rstrip()
+    name = f"{name} {heads[0]}/{heads[1]}x{head_dim} p{block_size} {kv or ''} {'qk norm' * qk_norm}".rstrip()
     return Case("rope_append", name, draw, writes=("k_pool", "v_pool") + ("kv_scales",) * (kv == "int8"), kv=kv)
+
+
+def check_padding_rows(ops, kv: str | None, qk_norm: bool) -> None:
+    """`rope_append` of rows from q_indptr[B] on changes nothing, neither in the pools nor in what becomes of the other rows."""
+    rng = np.random.default_rng([SEED, 4])
+    case = rope("padding rows", [*BATCHES["mixed"], (20, 3)], (6, 2), 64, kv=kv, qk_norm=qk_norm)
+    arguments = {name: _rounded(value, DTYPES[ops.DTYPES[0]]) for name, value in case.draw(rng).items()}
+    rows = arguments["index"]["q_indptr"][-1]
+    more = np.concatenate([arguments["qkv"], arguments["qkv"][:9]])  # so many that they would go to pages of others
+    results = []
+    for qkv in (arguments["qkv"], more):
+        device = {
+            name: ops.upload(value.copy()) if isinstance(value, np.ndarray) else value for name, value in arguments.items()
+        }
+        q = ops.download(call(ops, "rope_append", device | {"qkv": ops.upload(qkv)}))[:rows]
+        written = [ops.download(device[name]) for name in ("k_pool", "v_pool", *["kv_scales"] * (kv is not None))]
+        results.append([array.tobytes() for array in (q, *written)])
+    assert results[0] == results[1], f"{kv} {qk_norm} (CUPAGED_TEST_SEED={SEED})"
 
 
 def _split(batch: Arguments) -> tuple[Arguments, Arguments]:
@@ -254,8 +326,8 @@ def check_codes(kv: str, dtype: str, arguments: Arguments, after: Arguments, whe
 
     A code must lie between those of the exact value less and plus what float32 may be off by: nothing for V that goes from 16
     bits to int8, where every quotient is either on a border between codes or 2^-13 away from it, 2^-22 of its magnitude for
-    other V, and of sqrt(a^2 + b^2) for a K that is the pair a, b turned. The same holds for int8's scales, and codes are held
-    to the scale that was written.
+    other V, and of sqrt(a^2 + b^2) for a K that is the pair a, b turned (2^-20 of it, if it was normalised before). The same
+    holds for int8's scales, and codes are held to the scale that was written.
     """
     pools = {name: np.full(arguments["k_pool"].shape, np.nan) for name in ("k_pool", "v_pool")}
     call(reference_ops, "rope_append", {name: _exact(value) for name, value in arguments.items()} | pools | {"kv_scales": None})
@@ -270,7 +342,8 @@ def check_codes(kv: str, dtype: str, arguments: Arguments, after: Arguments, whe
     for which, (name, value) in enumerate(pools.items()):
         what = f"{where}: {name}"
         assert (after[name][~written] == arguments[name][~written]).all(), f"{what} was changed elsewhere"
-        low, high = (value[written] + sign * 2.0**-22 * slack[name][written] for sign in (-1, 1))
+        error = 2.0**-20 if name == "k_pool" and "k_gain" in arguments else 2.0**-22
+        low, high = (value[written] + sign * error * slack[name][written] for sign in (-1, 1))
         codes = after[name][written]
         if kv == "int8":
             scale = after["kv_scales"][written][:, which]
@@ -313,15 +386,15 @@ def check_large_pool(ops, make: Callable[[tuple[int, ...], np.dtype], object]) -
     rows, num_blocks, dtype = 40, 2**20 + 3, DTYPES["bfloat16"]
     drawn = rope("", [(rows, rows)], (4, 2), 64).draw(rng)
     index = drawn["index"] | {"page_indices": np.array([num_blocks - 1, 0, num_blocks // 2 + 1], np.int32)}
-    inputs = {name: _rounded(drawn[name], dtype) for name in ("q", "k", "v", "rope_table")}
+    inputs = {name: _rounded(drawn[name], dtype) for name in ("qkv", "rope_table")}
     pools = [make((2, num_blocks, 16, 64), dtype) for _ in range(2)]
     made = ops.index(**index)
-    q = ops.rope_append(*map(ops.upload, inputs.values()), *pools, None, made)
+    q = ops.rope_append(*map(ops.upload, inputs.values()), *pools, None, made, 4)
     out = ops.download(ops.paged_attention(q, *pools, None, made, 0.125))
 
     pools = [np.zeros((2, 3, 16, 64)) for _ in range(2)]
     made = reference_ops.index(**index | {"page_indices": np.arange(3)})
-    q = reference_ops.rope_append(*map(_exact, inputs.values()), *pools, None, made)
+    q = reference_ops.rope_append(*map(_exact, inputs.values()), *pools, None, made, 4)
     expected = reference_ops.paged_attention(q, *pools, None, made, 0.125)
     check_close(out, expected, f"large pool (CUPAGED_TEST_SEED={SEED})")
 
@@ -522,13 +595,6 @@ CASES = [
     embedding(3, 33, picked=5),
     embedding(1, 33, picked=1),
     embedding(9, 40, picked=0),
-    elementwise("add", ("x", "y"), 3, 576),
-    elementwise("add", ("x", "y"), 5, 33),
-    elementwise("add", ("x", "y"), 1, 1),
-    elementwise("add", ("x", "y"), 0, 64),
-    elementwise("swiglu", ("gate", "up"), 3, 1536),
-    elementwise("swiglu", ("gate", "up"), 7, 33, scale=50.0),
-    elementwise("swiglu", ("gate", "up"), 0, 64),
     rms_norm(4, 576),
     rms_norm(2, 4096, scale=200.0),
     rms_norm(3, 5, 64, eps=1e-6),
@@ -542,12 +608,28 @@ CASES = [
     linear(1, 64, 100, dtype="float32"),
     linear(2, 64, 49, bias=True, dtype="float32"),
     linear(0, 64, 8, bias=True),
+    norm_linear(5, 576, 48, scale=100.0),
+    norm_linear(3, 72, 33, bias=True),
+    norm_linear(1, 64, 100, dtype="float32"),
+    norm_linear(0, 64, 8),
+    norm_swiglu(3, 64, 1536),
+    norm_swiglu(7, 40, 33, scale=50.0),
+    norm_swiglu(2, 72, 15),
+    norm_swiglu(1, 64, 24, scale=4.0),
+    norm_swiglu(4, 64, 30, bias=True),
+    norm_swiglu(0, 64, 16),
+    linear_add(5, 64, 48),
+    linear_add(1, 576, 33),
+    linear_add(3, 72, 33, bias=True),
+    linear_add(0, 64, 8, bias=True),
     *(rope(name, BATCHES[name], (9, 3), 64) for name in BATCHES),
     *(rope("edges", edges(n), (4, 2), 128, n) for n in (1, 2, 8, 32, 256)),
     rope("edges", edges(16), (3, 3), 64),
     rope("group 12", BATCHES["mixed"], (24, 2), 128),
     *(rope(name, BATCHES[name], (9, 3), 64, kv=kv) for name in ("mixed", "prefill", "no rows") for kv in ("int8", "fp8")),
     *(rope("edges", edges(n), (4, 2), 128, n, kv=kv) for n in (1, 16, 256) for kv in ("int8", "fp8")),
+    *(rope(name, BATCHES[name], (9, 3), 64, qk_norm=True) for name in ("one token", "mixed", "no rows")),
+    *(rope("edges", edges(8), (5, 1), 128, 8, kv=kv, qk_norm=True) for kv in (None, "int8", "fp8")),
     *(attention(name, BATCHES[name], (9, 3), 64) for name in BATCHES),
     *(attention("group", BATCHES["mixed"], heads, 128) for heads in ((2, 2), (3, 1), (8, 2), (7, 1), (8, 1), (9, 1), (24, 2))),
     *(attention("edges", edges(n), (4, 1), 64, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
@@ -597,13 +679,14 @@ CASES = [
 ]
 LARGE_CASES = [  # for a GPU: more rows than a grid has in y or z, long sequences, real vocabularies
     embedding(70001, 64, picked=66000),
-    elementwise("add", ("x", "y"), 66000, 72),
-    elementwise("swiglu", ("gate", "up"), 1000, 11008),
+    norm_swiglu(1000, 512, 11008),
+    norm_linear(7, 2048, 32000, dtype="float32"),
+    linear_add(300, 4096, 1000),
     rms_norm(66000, 128),
     rms_norm(300, 8192),
     linear(300, 4096, 1000, bias=True),
     linear(7, 2048, 32000, dtype="float32"),
-    rope("66000 rows", [(66000, 66000)], (2, 1), 64),
+    *(rope("66000 rows", [(66000, 66000)], (2, 1), 64, qk_norm=qk_norm) for qk_norm in (False, True)),
     attention("long", [(5000, 1), (4097, 1), (1, 1), (3000, 7)], (32, 8), 128),
     attention("long prefill", [(1100, 1100), (5000, 65)], (9, 3), 64, 32),
     attention("66000 rows", [(10, 10)] * 6600, (2, 1), 64, 1),

@@ -256,17 +256,17 @@ def test_ctrl_c_in_the_middle_of_a_step_harms_nothing(llm, monkeypatch, at):
     """The interrupt arrives inside the forward pass: blocks come back, and nothing half computed is reused."""
     from cupaged.ops import numpy as ops
 
-    calls, swiglu = [], ops.swiglu
+    calls, norm_swiglu = [], ops.norm_swiglu
 
     def interrupted(*args):
         calls.append(None)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return swiglu(*args)
+        return norm_swiglu(*args)
 
     conversation = Conversation(llm, params(20))
     question = "a question that fills more than one block of the pool"
-    monkeypatch.setattr(ops, "swiglu", interrupted)
+    monkeypatch.setattr(ops, "norm_swiglu", interrupted)
     output, cut = conversation.ask(question, lambda text: None)
     assert cut
     assert [turn["content"] for turn in conversation.turns[1:]] == [output.outputs[0].text] * bool(output.outputs[0].text)

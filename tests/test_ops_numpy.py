@@ -4,7 +4,20 @@ import math
 
 import numpy as np
 import pytest
-from op_cases import BATCHES, CASES, E4M3, SEED, attention, call, check, check_rows_are_independent, philox, rope
+from op_cases import (
+    BATCHES,
+    CASES,
+    E4M3,
+    SEED,
+    attention,
+    call,
+    check,
+    check_padding_rows,
+    check_rows_are_independent,
+    check_write,
+    philox,
+    rope,
+)
 
 from cupaged.ops import numpy as ops
 
@@ -74,10 +87,16 @@ def test_paged_attention_tiles_of_query_rows_join(rng, monkeypatch):
     assert np.all(difference <= 1e-14 * np.linalg.norm(whole, axis=-1))
 
 
-def test_rope_is_a_complex_rotation_and_the_append_lands_where_attention_reads(rng):
-    arguments = rope("", BATCHES["mixed"], (4, 2), 16, 8).draw(rng)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rope_is_a_complex_rotation_and_the_append_lands_where_attention_reads(rng, qk_norm):
+    arguments = rope("", BATCHES["mixed"], (4, 2), 16, 8, qk_norm=qk_norm).draw(rng)
     k_pool, v_pool = arguments["k_pool"].copy(), arguments["v_pool"].copy()
     rotated = call(ops, "rope_append", arguments | {"k_pool": k_pool, "v_pool": v_pool})
+    q, k, v = arguments["qkv"][:, :4], arguments["qkv"][:, 4:6], arguments["qkv"][:, 6:]
+    if qk_norm:
+        q, k = (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * arguments[gain] for x, gain in ((q, "q_gain"), (k, "k_gain"))
+        )
 
     def rotate(x, position):
         angle = position * 10000.0 ** -(np.arange(8) / 8)
@@ -89,9 +108,9 @@ def test_rope_is_a_complex_rotation_and_the_append_lands_where_attention_reads(r
         for row, position in zip(rows, positions, strict=True):
             page, slot = slots[position]
             written[page, slot] = True
-            np.testing.assert_allclose(rotated[row], rotate(arguments["q"][row], position), atol=1e-5)
-            np.testing.assert_allclose(k_pool[:, page, slot], rotate(arguments["k"][row], position), atol=1e-5)
-            np.testing.assert_array_equal(v_pool[:, page, slot], arguments["v"][row])
+            np.testing.assert_allclose(rotated[row], rotate(q[row], position), atol=1e-5)
+            np.testing.assert_allclose(k_pool[:, page, slot], rotate(k[row], position), atol=1e-5)
+            np.testing.assert_array_equal(v_pool[:, page, slot], v[row])
     assert written.sum() == len(rotated)
     np.testing.assert_array_equal(k_pool[:, ~written], arguments["k_pool"][:, ~written])
     np.testing.assert_array_equal(v_pool[:, ~written], arguments["v_pool"][:, ~written])
@@ -106,7 +125,7 @@ def test_scores_after_rope_depend_on_the_distance_alone(rng):
     def at(vector, position):
         k_pool, v_pool = np.empty((2, 1, 100, 1, 16))
         index = ops.index(np.array([0, 1]), np.array([position + 1]), np.array([0, 100]), pages)
-        return ops.rope_append(vector, vector, vector, table, k_pool, v_pool, None, index)
+        return ops.rope_append(np.concatenate([vector] * 3, axis=1), table, k_pool, v_pool, None, index, 1)
 
     scores = [np.vdot(at(x, p + 7), at(y, p)) for p in (0, 3, 50, 92)]
     np.testing.assert_allclose(scores, scores[0], atol=1e-9)
@@ -115,11 +134,39 @@ def test_scores_after_rope_depend_on_the_distance_alone(rng):
 def test_the_small_operations_by_hand():
     x, y = np.float32([[3, -4]]), np.float32([[1, 2]])
     np.testing.assert_allclose(ops.rms_norm(x, np.float32([1, 10]), 0.5), [[3 / math.sqrt(13), -40 / math.sqrt(13)]], rtol=1e-6)
-    np.testing.assert_allclose(ops.swiglu(x, y), [[3 / (1 + math.exp(-3)), -8 / (1 + math.exp(4))]], rtol=1e-6)
-    np.testing.assert_array_equal(ops.swiglu(np.float32([-1000]), np.float32([2])), [0])
+    np.testing.assert_allclose(ops.norm_linear(x, 0.5 * y, 0.5, 2 * y), [[-13 / math.sqrt(13)]], rtol=1e-6)
     np.testing.assert_array_equal(ops.linear(x, np.float32([[1, 1], [0, 2], [1, 0]]), np.float32([0, 1, 2])), [[-1, -7, 5]])
     np.testing.assert_array_equal(ops.embedding(np.int32([2, 0, 2]), np.float32([[1], [2], [3]])), [[3], [1], [3]])
-    np.testing.assert_array_equal(ops.add(x, y), [[4, -2]])
+    residual = np.float32([[10], [20]])
+    assert ops.linear_add(np.float32([[1, 2], [3, 4]]), y, residual, np.float32([0.5])) is residual
+    np.testing.assert_array_equal(residual, [[15.5], [31.5]])
+
+
+@pytest.mark.parametrize("ffn", [1, 7, 8, 21, 32])
+def test_swiglu_takes_gate_and_up_by_turns_of_eight_rows(rng, ffn):
+    x, gain, gate, up = (rng.standard_normal(shape) for shape in ((3, 5), 5, (ffn, 5), (ffn, 5)))
+    x[0] *= 1e6  # which the norm takes away
+    gate_bias, up_bias = rng.standard_normal((2, ffn))
+    gate_bias[0] = -1000  # exp(1000) is inf
+    weight, bias = (
+        np.concatenate([part for i in range(0, ffn, 8) for part in (a[i : i + 8], b[i : i + 8])])
+        for a, b in ((gate, up), (gate_bias, up_bias))
+    )
+    normalised = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.25) * gain
+    with np.errstate(over="ignore"):
+        g = normalised @ gate.T + gate_bias
+        expected = g / (1 + np.exp(-g)) * (normalised @ up.T + up_bias)
+    np.testing.assert_allclose(ops.norm_swiglu(x, gain, 0.25, weight, bias), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rows_of_no_sequence_are_left_alone(kv, qk_norm):
+    check_padding_rows(ops, kv, qk_norm)
+
+
+def test_a_part_of_an_array_can_be_written(monkeypatch):
+    check_write(ops, monkeypatch)
 
 
 def test_penalties_and_bans_by_hand():

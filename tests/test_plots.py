@@ -182,7 +182,10 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
 
 # ---- the step that is drawn
 
-COST = {"linear": 3.0, "rms_norm": 1.0, "rope_append": 0.5, "paged_attention": 2.0, "swiglu": 0.25, "add": 0.125, "sample": 4.0}
+COST = {
+    **{"norm_linear": 3.0, "linear_add": 2.5, "norm_swiglu": 7.0},
+    **{"rope_append": 0.5, "paged_attention": 2.0, "sample": 4.0},
+}
 
 
 class Machine:
@@ -221,12 +224,10 @@ def test_the_kinds_of_a_step_and_what_is_outside_are_the_step(llm, monkeypatch):
     step, kinds = bench_step.decode_step(llm, [1, 2, 3], tokens=6)
     layers = 3
     expected = {
-        "linear": 7 * layers * 3.0,
+        "linear": layers * (3.0 + 2 * 2.5 + 7.0),
         "logits": 3.0,
         "attention": layers * 2.0,
         "rope and append": layers * 0.5,
-        "norm": 2 * layers + 1.0,
-        "swiglu and add": layers * (0.25 + 2 * 0.125),
         "embedding and copies": 0.0,
         "sampling": 4.0,
         bench_step.OUTSIDE: 10.0,
@@ -259,9 +260,10 @@ def test_on_a_gpu_the_times_are_those_between_events(monkeypatch):
         return ms
 
     recorder = bench_step._Recorder(SimpleNamespace(other=5, **dict.fromkeys(bench_step.KINDS, operation)), "cuda:0")
-    assert (recorder.other, recorder.rms_norm(2.0), recorder.linear(3.0), recorder.linear(4.0, dtype="float32")) == (5, 2, 3, 4)
+    assert (recorder.other, recorder.sample(2.0), recorder.linear_add(3.0)) == (5, 2, 3)
+    assert recorder.norm_linear(4.0, dtype="float32") == 4
     found = recorder.milliseconds()
-    assert {kind: ms for kind, ms in found.items() if ms} == {"norm": 2, "linear": 3, bench_step.LOGITS: 4}
+    assert {kind: ms for kind, ms in found.items() if ms} == {"sampling": 2, "linear": 3, bench_step.LOGITS: 4}
     assert len(waited) == 1
 
 
@@ -270,7 +272,7 @@ def test_kinds_that_came_out_as_more_than_the_step_are_scaled_down_to_it(llm, mo
     step, kinds = bench_step.decode_step(llm, [1, 2, 3], tokens=3)
     assert sum(kinds.values()) == pytest.approx(step)
     assert kinds[bench_step.OUTSIDE] == pytest.approx(0.0)
-    assert kinds["linear"] / kinds["attention"] == pytest.approx(7 * 3 / 2)
+    assert kinds["linear"] / kinds["attention"] == pytest.approx((3 + 2 * 2.5 + 7) / 2)
 
 
 def test_a_step_that_fails_leaves_the_model_its_operations(llm, monkeypatch):

@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
-from cupaged.attention import inputs, tensor_map
+from cupaged.attention import inputs
 from cupaged.attention.device_plan import DevicePlanner
 from cupaged.attention.planner import LEAST_PAGE, Grid, Plan
-from cupaged.cuda import jit
+from cupaged.cuda import jit, tensor_map
 from cupaged.errors import InvalidArgument, OutOfMemory
 
 Array = Any  # cupy.ndarray
@@ -159,7 +159,7 @@ class _Launch:
         if kernel == "sm90":
             defines, rows = variant_sm90(name, head_dim), math.prod(self.pool_shape[:3])
             box_rows = min(plan.block_size, STEP["sm90"])
-            self.map = lambda address: tensor_map.encode(address, rows, head_dim, box_rows, name)
+            self.map = lambda address: tensor_map.encode_atoms(address, rows, head_dim, box_rows, name)
         self.function, self.shared_bytes = _kernel(kernel, head_dim, kv.itemsize, defines)
         self.grid, self.block = (plan.num_ctas, 1, 1), (THREADS[kernel], 1, 1)
 

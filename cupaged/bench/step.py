@@ -13,13 +13,14 @@ from cupaged.errors import CupagedError
 if TYPE_CHECKING:
     from cupaged.llm import LLM
 
-KINDS = {  # operation -> what it counts as in a step; the product that gives the logits is a kind of its own
-    "linear": "linear",
+# operation -> what it counts as in a step; a product counts with the norm, SwiGLU or sum that is in its operation, and the one
+# that gives the logits is a kind of its own
+KINDS = {
+    "norm_linear": "linear",
+    "norm_swiglu": "linear",
+    "linear_add": "linear",
     "paged_attention": "attention",
     "rope_append": "rope and append",
-    "rms_norm": "norm",
-    "swiglu": "swiglu and add",
-    "add": "swiglu and add",
     "embedding": "embedding and copies",
     "index": "embedding and copies",
     "upload": "embedding and copies",
@@ -103,7 +104,7 @@ class _Recorder:
 
     def milliseconds(self) -> dict[str, float]:
         """Of all calls so far, by kind."""
-        sums = dict.fromkeys((KINDS["linear"], LOGITS, *KINDS.values()), 0.0)  # what reads weights first
+        sums = dict.fromkeys((KINDS["norm_linear"], LOGITS, *KINDS.values()), 0.0)  # what reads weights first
         if self._cupy is not None:
             self._calls[-1][-1].synchronize()
         for kind, before, after in self._calls:

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 
 from cupaged.checkpoint.config import ModelConfig
+from cupaged.model.parameters import load
 from cupaged.model.rope import rope_table
 
 
@@ -44,7 +45,7 @@ class Llama:
         max_positions: int,
     ) -> None:
         self.config, self.ops = config, ops
-        self.params = {name: ops.upload(array, dtype) for name, array in weights}
+        self.params = load(config, weights, ops, dtype)
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
     def forward(self, batch: Batch, k_pool: np.ndarray, v_pool: np.ndarray, kv_scales: np.ndarray | None = None) -> np.ndarray:
@@ -53,35 +54,21 @@ class Llama:
         Pools are [num_layers, num_kv_heads, num_blocks, block_size, head_dim]; kv_scales [num_layers, ...] belong to pools of 8
         bits, as `ops.numpy` says.
         """
-        ops, config = self.ops, self.config
+        ops, config, params, eps = self.ops, self.config, self.params, self.config.rms_norm_eps
         num_tokens = len(batch.token_ids)
         index = ops.index(batch.q_indptr, batch.seq_lens, batch.page_indptr, batch.page_indices)
 
-        x = ops.embedding(ops.upload(batch.token_ids), self.params["model.embed_tokens.weight"])  # [T, hidden]
-        for layer, window in enumerate(config.sliding_windows):
-            name = f"model.layers.{layer}"
-            h = self._norm(x, f"{name}.input_layernorm")
-            q = self._linear(h, f"{name}.self_attn.q_proj").reshape(num_tokens, config.num_heads, config.head_dim)
-            k = self._linear(h, f"{name}.self_attn.k_proj").reshape(num_tokens, config.num_kv_heads, config.head_dim)
-            v = self._linear(h, f"{name}.self_attn.v_proj").reshape(num_tokens, config.num_kv_heads, config.head_dim)
-            if config.qk_norm:
-                q = self._norm(q, f"{name}.self_attn.q_norm")
-                k = self._norm(k, f"{name}.self_attn.k_norm")
-            kv = (k_pool[layer], v_pool[layer], None if kv_scales is None else kv_scales[layer])
-            q = ops.rope_append(q, k, v, self.rope_table, *kv, index)
+        x = ops.embedding(ops.upload(batch.token_ids), params.embed)  # [T, hidden]
+        for number, (layer, window) in enumerate(zip(params.layers, config.sliding_windows, strict=True)):
+            kv = (k_pool[number], v_pool[number], None if kv_scales is None else kv_scales[number])
+            qk_gains = (layer.q_norm, layer.k_norm) if config.qk_norm else None
+            qkv = ops.norm_linear(x, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
+            qkv = qkv.reshape(num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+            q = ops.rope_append(qkv, self.rope_table, *kv, index, config.num_heads, qk_gains, eps)
             attended = ops.paged_attention(q, *kv, index, config.head_dim**-0.5, window)
-            x = ops.add(x, self._linear(attended.reshape(num_tokens, -1), f"{name}.self_attn.o_proj"))
-
-            h = self._norm(x, f"{name}.post_attention_layernorm")
-            h = ops.swiglu(self._linear(h, f"{name}.mlp.gate_proj"), self._linear(h, f"{name}.mlp.up_proj"))
-            x = ops.add(x, self._linear(h, f"{name}.mlp.down_proj"))
+            x = ops.linear_add(attended.reshape(num_tokens, -1), layer.o, x, layer.o_bias)
+            h = ops.norm_swiglu(x, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
+            x = ops.linear_add(h, layer.down, x, layer.down_bias)
 
         x = ops.embedding(ops.upload(batch.logit_rows), x)  # the same gather: [R, hidden]
-        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-        return ops.linear(self._norm(x, "model.norm"), self.params[f"{head}.weight"], dtype="float32")
-
-    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        return self.ops.linear(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
-
-    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        return self.ops.rms_norm(x, self.params[f"{name}.weight"], self.config.rms_norm_eps)
+        return ops.norm_linear(x, params.norm, eps, params.head, dtype="float32")

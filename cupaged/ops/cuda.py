@@ -31,12 +31,12 @@ DTYPES = ("bfloat16", "float16")
 KV_DTYPES = ("fp8", "int8")  # of a pool, beside that of the activations
 _DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
+_QK_NORM = {"QK_NORM": 1}
 _SLICE_BYTES = 16 << 20  # of an upload that are converted at once
 _MAX_GRID = 2**31 - 1
 _SOURCES = {
     "embedding": "embedding.cu",
     "rms_norm": "rms_norm.cu",
-    "add": "elementwise.cu",
     "swiglu": "elementwise.cu",
     "add_bias": "elementwise.cu",
     "add_bias_float32": "elementwise.cu",
@@ -62,17 +62,17 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     for name, source in _SOURCES.items():
         shapes: list[dict[str, int]] = [{}]
         if name == "rope_append":
-            shapes = [{}, *_CODE_DEFINES.values()]
+            shapes = [{**codes, **norm} for codes in ({}, *_CODE_DEFINES.values()) for norm in ({}, _QK_NORM)]
         dtypes = [{}] if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES.values()
         found += [(source, name, {**dtype, **shape}) for dtype in dtypes for shape in shapes]
     return found
 
 
-def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int) -> contextlib.AbstractContextManager:
+def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool) -> contextlib.AbstractContextManager:
     """Context beside whose body the kernels of a model are compiled, where that was not done before; they are ready at its end.
 
-    The types are of activations and of the arrays of the KV pool; for the current device. InvalidArgument for other head_dims
-    than 64 and 128.
+    The types are of activations and of the arrays of the KV pool; with qk_norm `rope_append` is given gains. For the current
+    device. InvalidArgument for other head_dims than 64 and 128.
     """
     if head_dim not in (64, 128):
         raise InvalidArgument(f"the model's head_dim is {head_dim} and the CUDA kernels know 64 and 128; use device 'cpu'")
@@ -80,9 +80,13 @@ def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int) -> cont
     for name, source in _SOURCES.items():
         if name not in _SELDOM:
             defines = {} if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES[dtype]
-            codes = _CODE_DEFINES.get(kv_dtype, {}) if name == "rope_append" else {}
-            found.append((source, name, {**defines, **codes}))
+            shape = _rope_append_defines(kv_dtype, qk_norm) if name == "rope_append" else {}
+            found.append((source, name, {**defines, **shape}))
     return jit.compiling(found)
+
+
+def _rope_append_defines(kv_dtype: str, qk_norm: bool) -> dict[str, int]:
+    return _CODE_DEFINES.get(kv_dtype, {}) | (_QK_NORM if qk_norm else {})
 
 
 def shared_bytes(name: str) -> int:
@@ -162,6 +166,30 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
         raise _no_room(array.size * dtype.itemsize) from error
 
 
+def write(target: Array, array: np.ndarray) -> None:
+    """Put an array of the host, converted to the type there, or of the device and this type into a device array of its shape.
+
+    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them. Conversion
+    and staging take 16 MiB at a time, as for `upload`.
+    """
+    if not array.size:
+        return
+    runtime, row_bytes = cupy.cuda.runtime, target.nbytes // len(target)
+    step = max(1, _SLICE_BYTES // row_bytes)
+    for start in range(0, len(target), step):
+        source, into = array[start : start + step], target[start : start + step]
+        if isinstance(source, np.ndarray):
+            try:
+                source = cupy.asarray(np.ascontiguousarray(source, target.dtype))
+            except MemoryError as error:
+                raise _no_room(into.nbytes) from error
+        if into.flags.c_contiguous:
+            into[...] = source
+        else:  # CuPy would compile a kernel for this
+            where = into.data.ptr, into.strides[0], source.data.ptr, row_bytes, row_bytes, len(into)
+            runtime.memcpy2DAsync(*where, runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr)
+
+
 def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> Array:
     """A device array of `dtype` filled with a host array's elements, over and over."""
     out, source = empty(shape, dtype), upload(pattern.reshape(-1), dtype)
@@ -188,23 +216,6 @@ def embedding(token_ids: Array, table: Array) -> Array:
     return out
 
 
-def add(x: Array, y: Array) -> Array:
-    """x + y of equal shapes."""
-    return _elementwise("add", x, y)
-
-
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up of equal shapes."""
-    return _elementwise("swiglu", gate, up)
-
-
-def _elementwise(name: str, x: Array, y: Array) -> Array:
-    out = empty(x.shape, x.dtype)
-    blocks = min(-(-x.size // (256 * 8)), _MAX_GRID)
-    _launch(name, (blocks,), 256, (x, y, out, np.int64(x.size)), x.dtype)
-    return out
-
-
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; any leading axes."""
     width = x.shape[-1]
@@ -217,18 +228,51 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None = None) -> Array:
     """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype`: that of x or "float32"."""
-    num_rows, width = x.shape[0], weight.shape[0]
-    out = empty((num_rows, width), x.dtype if dtype is None else dtype)
+    out = empty((x.shape[0], weight.shape[0]), x.dtype if dtype is None else dtype)
     if out.size:
         _gemm(x, weight, out)
-        if bias is not None:
-            name = "add_bias_float32" if out.dtype == np.float32 else "add_bias"
-            _launch(name, (num_rows,), _threads(width, 256), (out, bias, np.int32(width)), x.dtype)
+        _add_bias(out, bias, x.dtype)
     return out
 
 
-_ALPHA_BETA = np.array([1, 0], np.float32)  # where cuBLAS reads them
-_ONE_ADDRESS, _ZERO_ADDRESS = _ALPHA_BETA.ctypes.data, _ALPHA_BETA.ctypes.data + 4
+def norm_linear(x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, dtype: str | None = None) -> Array:
+    """linear(rms_norm(x, gain, eps), weight, bias, dtype) of x [T, in], gain [in], weight [out, in], bias [out] -> [T, out]."""
+    return linear(rms_norm(x, gain, eps), weight, bias, dtype)
+
+
+def norm_swiglu(x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
+    """silu(gate) * up, both `norm_linear` of x [T, in] -> [T, ffn].
+
+    weight [2 * ffn, in] and bias [2 * ffn] hold 8 rows of the gate, then the same 8 of up, by turns, as `ops.numpy` says.
+    """
+    both = norm_linear(x, gain, eps, weight, bias)
+    num_rows, ffn = both.shape[0], both.shape[1] // 2
+    out = empty((num_rows, ffn), both.dtype)
+    blocks = min(-(-out.size // (256 * 8)), _MAX_GRID)
+    _launch("swiglu", (blocks,), 256, (both, out, np.int64(out.size), np.int32(ffn)), both.dtype)
+    return out
+
+
+def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
+    """residual [T, out] + x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out].
+
+    `residual` is overwritten by the result, which is returned. It is rounded once, or with a bias once more.
+    """
+    if residual.size:
+        _gemm(x, weight, residual, add=True)
+        _add_bias(residual, bias, x.dtype)
+    return residual
+
+
+def _add_bias(out: Array, bias: Array | None, dtype: np.dtype) -> None:
+    """out [T, N] += bias [N], if there is one; `dtype` is that of the bias."""
+    if bias is not None:
+        name = "add_bias_float32" if out.dtype == np.float32 else "add_bias"
+        _launch(name, (out.shape[0],), _threads(out.shape[1], 256), (out, bias, np.int32(out.shape[1])), dtype)
+
+
+_ONE_ZERO = np.array([1, 0], np.float32)  # where cuBLAS reads alpha and beta
+_ONE_ADDRESS, _ZERO_ADDRESS = _ONE_ZERO.ctypes.data, _ONE_ZERO.ctypes.data + 4
 _NO_REDUCED_PRECISION_REDUCTION = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
 
 
@@ -243,8 +287,8 @@ def _cublas() -> tuple[ModuleType, dict[str, int]]:
     return cublas, {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
 
 
-def _gemm(x: Array, weight: Array, out: Array) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T on cuBLAS, accumulated in float32.
+def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T on cuBLAS, accumulated in float32; with `add` also what out held, rounded once.
 
     cuBLAS is column-major: the same memory is out^T [N, T] = (weight^T [K, N])^T @ x^T [K, T], leading dimensions N, K and K.
     """
@@ -268,7 +312,7 @@ def _gemm(x: Array, weight: Array, out: Array) -> None:
             x.data.ptr,
             types[x.dtype.name],
             inner,
-            _ZERO_ADDRESS,
+            _ONE_ADDRESS if add else _ZERO_ADDRESS,
             out.data.ptr,
             types[out.dtype.name],
             columns,
@@ -321,30 +365,53 @@ def index(q_indptr: np.ndarray, seq_lens: np.ndarray, page_indptr: np.ndarray, p
 
 
 def rope_append(
-    q: Array,
-    k: Array,
-    v: Array,
+    qkv: Array,
     rope_table: Array,
     k_pool: Array,
     v_pool: Array,
     kv_scales: Array | None,
     index: Index,
+    num_heads: int,
+    qk_gains: tuple[Array, Array] | None = None,
+    eps: float = 0.0,
 ) -> Array:
-    """Rotate q and k by their positions, append k and v to the pool, return the rotated q.
+    """Rotate q and k by their positions, append k and v to the pool, return the rotated q [T, num_heads, head_dim].
 
-    q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32; pools
-    [num_kv_heads, num_blocks, block_size, head_dim] of q's dtype, int8 or uint8 (fp8), with kv_scales as `ops.numpy` says;
-    head_dim a multiple of 16, block_size a power of two.
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32; pools [num_kv_heads,
+    num_blocks, block_size, head_dim] of qkv's dtype, int8 or uint8 (fp8), with kv_scales as `ops.numpy` says; head_dim a
+    multiple of 16, with qk_gains a power of two up to 512; block_size a power of two.
     """
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, num_blocks, block_size, _ = k_pool.shape
-    out = empty(q.shape, q.dtype)
-    scales = [] if kv_scales is None else [kv_scales]
-    batch = (index.q_indptr, index.seq_lens, index.page_indptr, index.page_indices)
-    sizes = (index.seq_lens.size, num_heads, num_kv_heads, head_dim, num_blocks, _shift(block_size))
-    args = (q, k, v, rope_table, out, k_pool, v_pool, *scales, *batch, *map(np.int32, sizes))
-    _launch("rope_append", (num_rows,), 128, args, q.dtype, **_CODE_DEFINES.get(k_pool.dtype.name, {}))
+    out = empty((qkv.shape[0], num_heads, qkv.shape[2]), qkv.dtype)
+    batch = index.q_indptr, index.seq_lens, index.page_indptr, index.page_indices
+    launch_rope_append(qkv, rope_table, k_pool, v_pool, kv_scales, batch, num_heads, qk_gains, eps, out)
     return out
+
+
+def launch_rope_append(
+    qkv: Array,
+    rope_table: Array,
+    k_pool: Array,
+    v_pool: Array,
+    kv_scales: Array | None,
+    index_arrays: tuple[Array, Array, Array, Array],
+    num_heads: int,
+    qk_gains: tuple[Array, Array] | None,
+    eps: float,
+    out: Array,
+) -> None:
+    """`rope_append` into `out`: a launch and nothing else, so that it can be captured in a graph.
+
+    index_arrays: q_indptr, seq_lens, page_indptr and page_indices on the device. Nothing is written for rows from q_indptr[B]
+    on, not to `out` either: a graph may have more rows than a step.
+    """
+    num_rows, _, head_dim = qkv.shape
+    num_kv_heads, num_blocks, block_size, _ = k_pool.shape
+    scales = [] if kv_scales is None else [kv_scales]
+    norm = [] if qk_gains is None else [*qk_gains, np.float32(eps)]
+    sizes = (index_arrays[1].size, num_heads, num_kv_heads, head_dim, num_blocks, _shift(block_size))
+    args = (qkv, rope_table, out, k_pool, v_pool, *scales, *norm, *index_arrays, *map(np.int32, sizes))
+    defines = _rope_append_defines(k_pool.dtype.name, qk_gains is not None)
+    _launch("rope_append", (num_rows,), 128, args, qkv.dtype, **defines)
 
 
 def copy_blocks(pool: Array, sources: Array, targets: Array) -> None:

@@ -44,7 +44,7 @@ def device(index: int = 0) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int) -> contextlib.AbstractContextManager:
+def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool) -> contextlib.AbstractContextManager:
     """Context beside whose body a model's operations are compiled; here there is nothing to compile."""
     return contextlib.nullcontext()
 
@@ -58,6 +58,14 @@ def free_memory() -> tuple[int, int]:
 def upload(array: np.ndarray, dtype: str | None = None) -> np.ndarray:
     """The host array as a device array, converted to `dtype` if one is given; shares memory where nothing changes."""
     return np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype))
+
+
+def write(target: np.ndarray, array: np.ndarray) -> None:
+    """Put an array of the host or the device into a device array of its shape, converted to the type there.
+
+    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them.
+    """
+    target[...] = array
 
 
 def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -80,11 +88,6 @@ def embedding(token_ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[token_ids]
 
 
-def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x + y of equal shapes."""
-    return x + y
-
-
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, eq. 4); any leading axes."""
     return x * (1.0 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))) * weight
@@ -96,10 +99,41 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, dt
     return out if bias is None else out + bias
 
 
-def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """silu(gate) * up of equal shapes (Shazeer 2020, "GLU Variants Improve Transformer")."""
+def norm_linear(
+    x: np.ndarray, gain: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None, dtype: str | None = None
+) -> np.ndarray:
+    """linear(rms_norm(x, gain, eps), weight, bias, dtype) of x [T, in], gain [in], weight [out, in], bias [out] -> [T, out]."""
+    return linear(rms_norm(x, gain, eps), weight, bias, dtype)
+
+
+def norm_swiglu(x: np.ndarray, gain: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """silu(gate) * up, both `norm_linear` of x [T, in] (Shazeer 2020, "GLU Variants Improve Transformer") -> [T, ffn].
+
+    weight [2 * ffn, in] and bias [2 * ffn] hold 8 rows of the gate, then the same 8 of up, by turns: rows 16 j .. 16 j + 7 are
+    gate's 8 j .. 8 j + 7, and rows 16 j + 8 .. 16 j + 15 are up's. Where 8 does not divide ffn, the last group is r < 8 rows
+    of the gate, then r of up. So what is multiplied in the end is computed side by side.
+    """
+    gate, up = _taken_apart(norm_linear(x, gain, eps, weight, bias))
     with np.errstate(over="ignore"):  # exp(-gate) may be inf: the quotient is then 0, as it should be
         return gate / (1 + np.exp(-gate)) * up
+
+
+def _taken_apart(both: np.ndarray) -> np.ndarray:
+    """Gate and up, [2, T, ffn], of [T, 2 * ffn] that holds 8 of each by turns."""
+    rows, ffn = both.shape[0], both.shape[1] // 2
+    whole = ffn // 8 * 8
+    groups = both[:, : 2 * whole].reshape(rows, ffn // 8, 2, 8).transpose(2, 0, 1, 3).reshape(2, rows, whole)
+    last = both[:, 2 * whole :].reshape(rows, 2, ffn - whole).swapaxes(0, 1)
+    return np.concatenate([groups, last], axis=-1)
+
+
+def linear_add(x: np.ndarray, weight: np.ndarray, residual: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """residual [T, out] + x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out].
+
+    `residual` is overwritten by the result, which is returned.
+    """
+    residual += linear(x, weight, bias)
+    return residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,25 +152,33 @@ def index(q_indptr: np.ndarray, seq_lens: np.ndarray, page_indptr: np.ndarray, p
 
 
 def rope_append(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
+    qkv: np.ndarray,
     rope_table: np.ndarray,
     k_pool: np.ndarray,
     v_pool: np.ndarray,
     kv_scales: np.ndarray | None,
     index: Index,
+    num_heads: int,
+    qk_gains: tuple[np.ndarray, np.ndarray] | None = None,
+    eps: float = 0.0,
 ) -> np.ndarray:
-    """Rotate q and k by their positions, append k and v to the pool, return the rotated q.
+    """Rotate q and k by their positions, append k and v to the pool, return the rotated q [T, num_heads, head_dim].
 
-    q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim]; rope_table [max_positions, head_dim] float32, cosines in
-    the first half of a row and sines in the second; pools (and int8's kv_scales) of one layer, written at the rows' slots.
-    Element i is paired with i + head_dim / 2 (Su et al. 2021, in the layout of Hugging Face checkpoints).
+    qkv [T, num_heads + 2 * num_kv_heads, head_dim] holds the heads of q, then k's, then v's; rope_table [max_positions,
+    head_dim] float32, cosines in the first half of a row and sines in the second; pools (and int8's kv_scales) of one layer,
+    written at the rows' slots. Element i is paired with i + head_dim / 2 (Su et al. 2021, in the layout of Hugging Face
+    checkpoints). With qk_gains, two of [head_dim], every head of q and k goes through `rms_norm` with them and eps first.
+
+    Rows from q_indptr[B] on belong to no sequence: nothing is appended for them, and what is returned for them is undefined.
     """
-    q_indptr, seq_lens = index.q_indptr, index.seq_lens
-    for b in range(len(seq_lens)):
-        rows = slice(q_indptr[b], q_indptr[b + 1])
-        position = np.arange(seq_lens[b] - (rows.stop - rows.start), seq_lens[b])
+    num_kv_heads = k_pool.shape[0]
+    q, k, v = np.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
+    if qk_gains is not None:
+        q, k = rms_norm(q, qk_gains[0], eps), rms_norm(k, qk_gains[1], eps)
+    positions = np.zeros(len(qkv), np.int64)
+    for b, seq_len in enumerate(index.seq_lens):
+        rows = slice(index.q_indptr[b], index.q_indptr[b + 1])
+        position = positions[rows] = np.arange(seq_len - (rows.stop - rows.start), seq_len)
         block, slot = np.divmod(position, k_pool.shape[2])
         page = index.page_indices[index.page_indptr[b] + block]
         for which, (pool, x) in enumerate([(k_pool, _rotate(k[rows], rope_table[position])), (v_pool, v[rows])]):
@@ -146,10 +188,7 @@ def rope_append(
             elif pool.dtype == np.uint8:
                 x = _to_fp8(x, kv_scales[:, which, None, None])
             pool[:, page, slot] = x
-    position = np.concatenate(
-        [np.arange(n - (hi - lo), n) for n, lo, hi in zip(seq_lens, q_indptr[:-1], q_indptr[1:], strict=True)]
-    )
-    return _rotate(q, rope_table[position])
+    return _rotate(q, rope_table[positions])
 
 
 def _rotate(x: np.ndarray, rope_rows: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ def ops(monkeypatch):
     return cuda
 
 
-def gemm(x, weight, out):
-    """What cuBLAS is asked for: float32 sums, rounded once."""
-    out[...] = x.astype(np.float32) @ weight.astype(np.float32).T
+def gemm(x, weight, out, add=False):
+    """What cuBLAS is asked for: float32 sums, with `add` also of what `out` holds, rounded once."""
+    product = x.astype(np.float32) @ weight.astype(np.float32).T
+    out[...] = product + out.astype(np.float32) if add else product

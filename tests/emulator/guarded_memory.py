@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from types import SimpleNamespace
 
@@ -31,8 +32,11 @@ class GuardedMemory:
     ndarray = DeviceArray
 
     def __init__(self) -> None:
-        runtime = SimpleNamespace(getDevice=lambda: 0)
-        self.cuda = SimpleNamespace(Device=lambda index: contextlib.nullcontext(), runtime=runtime)
+        runtime = SimpleNamespace(getDevice=lambda: 0, memcpy2DAsync=_memcpy_2d, memcpyDeviceToDevice=3)
+        stream = SimpleNamespace(ptr=0)
+        self.cuda = SimpleNamespace(
+            Device=lambda index: contextlib.nullcontext(), runtime=runtime, get_current_stream=lambda: stream
+        )
         self._guards: list[np.ndarray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: object) -> DeviceArray:
@@ -55,3 +59,8 @@ class GuardedMemory:
         for guard in self._guards:
             if (guard != POISON).any():
                 raise EmulationError("a write outside of an array")
+
+
+def _memcpy_2d(target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, *_: int) -> None:
+    for row in range(height):
+        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)

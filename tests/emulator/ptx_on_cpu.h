@@ -94,6 +94,11 @@ inline float rcp_approx(float x) { return 1 / x; }
 
 // ---- between CTAs -----------------------------------------------------------------------------------------------
 inline void fence_acq_rel_gpu() { simt::release_stores(); }
+inline unsigned load_acquire_gpu(const unsigned* counter) {
+  simt::yield();
+  return *counter;
+}
+inline unsigned long long globaltimer() { return simt::nanoseconds(); }
 inline unsigned atom_add_relaxed_gpu(unsigned* counter, unsigned value) { return atomicAdd(counter, value); }
 inline unsigned atom_add_acq_rel_gpu(unsigned* counter, unsigned value) {
   simt::release_stores();
@@ -108,6 +113,16 @@ template <class T>
 inline T load_from_others(const T* source) {
   simt::see_own_stores(source, sizeof(T));
   return *source;
+}
+
+inline void red_add_release_gpu(unsigned* counter, unsigned value) { atom_add_acq_rel_gpu(counter, value); }
+inline void store_relaxed_gpu(uint4* target, const uint4& value) {
+  while (simt::one_in(2)) simt::yield();
+  *target = value;
+}
+inline uint4 load_relaxed_gpu(const uint4* source) {
+  simt::yield();
+  return load_from_others(source);
 }
 
 inline void note_store(const void* target, int bytes) { simt::note_store(target, bytes); }
@@ -180,8 +195,15 @@ inline void tensor_copy_2d(void* shared, const TensorMap* map, int x, int y, uns
 inline void tensor_copy_4d(void* shared, const TensorMap* map, int x, int y, int z, int w, unsigned long long* barrier) {
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, w}, barrier);
 }
+inline void tensor_copy_2d_hint(
+    void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier, unsigned long long) {
+  tensor_copy_2d(shared, map, x, y, barrier);
+}
 inline void prefetch_tensormap(const TensorMap*) {}
 inline void fence_proxy_async_shared() { simt::fence_proxy_async(); }
+inline void fence_proxy_async_global() {}
+inline void griddepcontrol_launch_dependents() {}  // a launch begins when the one before has ended
+inline void griddepcontrol_wait() {}
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
 template <int REGISTERS>

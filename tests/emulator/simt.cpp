@@ -41,6 +41,11 @@ unsigned random() {  // xorshift32 (Marsaglia 2003)
 
 bool one_in(unsigned n) { return random() % n == 0; }
 
+unsigned long long nanoseconds() {
+  static unsigned long long clock;
+  return clock += 1000;
+}
+
 [[noreturn]] void fail(const char* why) {
   failure = why;
   _longjmp(scheduler, 1);

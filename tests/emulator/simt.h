@@ -47,6 +47,9 @@ inline void* shared_memory() { return me->shared; }
 // True once in n times, by the schedule's seed.
 bool one_in(unsigned n);
 
+// A clock that goes on by a microsecond whenever somebody looks.
+unsigned long long nanoseconds();
+
 // Lets other threads run; to be called wherever a thread polls memory.
 void yield();
 

@@ -9,9 +9,9 @@ import pytest
 from attention_cases import Case
 from op_cases import SEED
 
-from cupaged.attention import Grid, plan, tensor_map
+from cupaged.attention import Grid, plan
 from cupaged.attention import kernel as attention
-from cupaged.cuda import jit
+from cupaged.cuda import jit, tensor_map
 
 from . import emulator
 from .guarded_memory import GuardedMemory
@@ -20,7 +20,7 @@ ROWS, COLUMNS = tensor_map.ROWS, tensor_map.COLUMNS
 
 
 def encode(address, rows, columns, box_rows, dtype):
-    """What tensor_map.encode makes, of an array of the host."""
+    """What tensor_map.encode_atoms makes, of an array of the host."""
     assert dtype in ("bfloat16", "float16")
     elements = np.ctypeslib.as_array((ctypes.c_uint16 * (rows * columns)).from_address(address))
     atoms = elements.reshape(rows // ROWS, ROWS, columns // COLUMNS, COLUMNS).swapaxes(1, 2)
@@ -33,7 +33,7 @@ def run(monkeypatch):
     memory = GuardedMemory()
     monkeypatch.setattr(jit, "import_cupy", lambda: memory)
     monkeypatch.setattr(attention, "_workspaces", {})
-    monkeypatch.setattr(tensor_map, "encode", encode)
+    monkeypatch.setattr(tensor_map, "encode_atoms", encode)
 
     def kernel(source, name, **defines):
         kernel = emulator.emulate(source, name, **defines)

@@ -34,7 +34,11 @@ def batch(tokens, seq_lens):
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"), [("llama-gqa", "bfloat16"), ("llama-gqa", "int8"), ("llama-gqa", "fp8"), ("qwen3-window", "bfloat16")]
+    ("name", "kv_dtype"),
+    [
+        *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
+        *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+    ],
 )
 def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_path, name, kv_dtype):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
@@ -65,8 +69,10 @@ def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_pa
         planned.clear()
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "fp8"])
-def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch, tmp_path, kv_dtype):
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"), [("llama-gqa", "bfloat16"), ("llama-gqa", "int8"), ("llama-gqa", "fp8"), ("qwen3", "bfloat16")]
+)
+def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch, tmp_path, name, kv_dtype):
     compiled, asked, kernel = [], [], jit.kernel
     monkeypatch.setattr(jit, "compiling", lambda variants: contextlib.nullcontext(compiled.extend(variants)))
     monkeypatch.setattr(
@@ -74,9 +80,9 @@ def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch,
     )
     monkeypatch.setattr(attention.kernel, "_takes_sm90", lambda *types: False)
 
-    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
+    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
     config = load_config(folder)
-    with ops.compiling("bfloat16", stored_as(kv_dtype), config.head_dim, 16):
+    with ops.compiling("bfloat16", stored_as(kv_dtype), config.head_dim, 16, config.qk_norm):
         model = Llama(config, open_weights(folder, config), ops, "bfloat16", 64)
     assert not asked
     pool = KVPool(ops, config, kv_dtype, 8, 16)

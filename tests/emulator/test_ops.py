@@ -2,13 +2,31 @@
 
 import numpy as np
 import pytest
-from op_cases import CASES, check, check_large_pool, check_rows_are_independent, check_shared_prefix
+from op_cases import (
+    CASES,
+    check,
+    check_large_pool,
+    check_padding_rows,
+    check_rows_are_independent,
+    check_shared_prefix,
+    check_write,
+)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_operation_is_what_its_numpy_twin_says(ops, case, dtype):
     check(ops, case, dtype)
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rows_of_no_sequence_are_left_alone(ops, kv, qk_norm):
+    check_padding_rows(ops, kv, qk_norm)
+
+
+def test_a_part_of_an_array_can_be_written(ops, monkeypatch):
+    check_write(ops, monkeypatch)
 
 
 def test_a_token_depends_on_its_own_row_alone(ops):

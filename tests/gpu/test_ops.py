@@ -1,7 +1,16 @@
 """`cupaged.ops.cuda` on a GPU against `cupaged.ops.numpy`: the cases of the emulator and larger ones."""
 
 import pytest
-from op_cases import CASES, LARGE_CASES, check, check_large_pool, check_rows_are_independent, check_shared_prefix
+from op_cases import (
+    CASES,
+    LARGE_CASES,
+    check,
+    check_large_pool,
+    check_padding_rows,
+    check_rows_are_independent,
+    check_shared_prefix,
+    check_write,
+)
 
 from cupaged.errors import OutOfMemory
 
@@ -10,6 +19,16 @@ from cupaged.errors import OutOfMemory
 @pytest.mark.parametrize("case", [*CASES, *LARGE_CASES], ids=str)
 def test_an_operation_is_what_its_numpy_twin_says(ops, case, dtype):
     check(ops, case, dtype)
+
+
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rows_of_no_sequence_are_left_alone(ops, kv, qk_norm):
+    check_padding_rows(ops, kv, qk_norm)
+
+
+def test_a_part_of_an_array_can_be_written(ops, monkeypatch):
+    check_write(ops, monkeypatch)
 
 
 def test_a_token_depends_on_its_own_row_alone(ops):

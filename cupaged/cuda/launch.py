@@ -1,0 +1,65 @@
+"""Launches by the driver: with attributes that CuPy does not pass on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+
+from cupaged.cuda import jit
+from cupaged.errors import DeviceError
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute: an id and a union of 64 bytes
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_DEPENDENT = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
+    """Queue a kernel of `jit.kernel` on the current stream, called like that, as a dependent launch where the device knows those.
+
+    It may then begin while the kernel before it on the stream still runs (programmatic dependent launch, CUDA Programming Guide,
+    section 4.5), once all CTAs of that one have said so or ended. So it executes griddepcontrol.wait in every CTA before it reads
+    or writes what other kernels do.
+    """
+    if not _knows_dependent_launches(jit.import_cupy().cuda.runtime.getDevice()):
+        kernel(grid, block, args, shared_mem=shared_mem)
+        return
+    values = [np.array(arg.data.ptr, np.uint64) if hasattr(arg, "data") and hasattr(arg.data, "ptr") else np.asarray(arg) for arg in args]
+    pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+    config = _Config()
+    config.grid[:], config.block[:] = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
+    config.shared_bytes, config.stream = shared_mem, jit.import_cupy().cuda.get_current_stream().ptr
+    config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+    result = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None)
+    if result:
+        raise DeviceError(f"the driver refuses to launch a kernel (error {result}); restart, and report it if it stays")
+
+
+@functools.cache
+def _knows_dependent_launches(device: int) -> bool:
+    if int(jit.import_cupy().cuda.Device(device).compute_capability) < 90:
+        return False
+    return hasattr(_driver(), "cuLaunchKernelEx")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

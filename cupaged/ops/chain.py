@@ -1,0 +1,229 @@
+"""The operations of a step of few rows, queued as few kernels: the products between two attentions are one launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupaged import attention
+from cupaged.cuda import jit, tensor_map
+from cupaged.cuda.launch import launch
+from cupaged.errors import DeviceError
+from cupaged.ops import cuda
+
+Array = Any  # cupy.ndarray
+
+SOURCE, NAME = "weight_stream.cu", "weight_stream"
+START_SOURCE, START_NAME = "stream_start.cu", "stream_start"
+TILE, DEPTH = 128, 64  # rows of weights and length of a unit
+STAGES = {8: (12, 16), 16: (12, 10), 32: (11, 8), 64: (10, 6)}  # of weights and of x, by the rows of x: as many as fit
+THREADS = 7 * 32
+MOST_ROWS = max(STAGES)
+_MOST_PRODUCTS = 4
+_DTYPES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
+_UNWRITTEN = 0xFFFFFFFF
+_STORE, _STORE_FLOAT, _SWIGLU, _ADD = range(4)
+
+PRODUCT = np.dtype(
+    [(name, tensor_map.DTYPE) for name in ("weights", "x")]
+    + [(name, "<u8") for name in ("out", "bias", "gain", "normed", "squares", "x_squares", "done")]
+    + [(name, "<i4") for name in ("num_rows", "inner", "x_tiles", "finish")]
+    + [("eps", "<f4"), ("reserved", "<u4", 13)]
+)
+CHAIN = np.dtype(
+    [("products", PRODUCT, _MOST_PRODUCTS)]
+    + [(name, "<u8") for name in ("parts", "flag")]
+    + [("num_products", "<i4"), ("num_tokens", "<i4"), ("reserved", "<u4", 10)]
+)
+
+
+def variants() -> list[tuple[str, str, dict[str, int]]]:
+    """(source, kernel, defines) of every kernel that a `Chain` can ask for."""
+    found = []
+    for dtype in cuda.DTYPES:
+        found.append((START_SOURCE, START_NAME, _DTYPES[dtype]))
+        found += [(SOURCE, NAME, _defines(dtype, rows)) for rows in STAGES]
+    return found
+
+
+def _defines(dtype: str, rows: int) -> dict[str, int]:
+    stages, x_stages = STAGES[rows]
+    return {**_DTYPES[dtype], "TOKENS": rows, "STAGES": stages, "X_STAGES": x_stages}
+
+
+def shared_bytes(rows: int) -> int:
+    """Dynamic shared memory of a CTA: the size of `struct Shared`."""
+    stages, x_stages = STAGES[rows]
+    boxes = stages * TILE * DEPTH * 2 + x_stages * rows * DEPTH * 2
+    rest = 16 * (stages + x_stages) + 16 + 6 * 4 * rows + 4 * 4 * 8 * 36
+    return boxes + -(-rest // 1024) * 1024
+
+
+def rows_for(num_tokens: int) -> int:
+    """The rows of x, of those that there are kernels for, that so many tokens take."""
+    return next(rows for rows in STAGES if num_tokens <= rows)
+
+
+class Chain:
+    """The operations of `ops.cuda` that a forward pass calls, for `num_tokens` rows, each of another sequence.
+
+    Nothing is launched when a product is asked for: products gather until an operation of another kind needs their results.
+    Every array it makes is kept and used again by the next step, so that a graph may capture what it launches, once a step has
+    run outside of the capture. What it is given (weights, gains, ids) must stay where it is.
+
+    dtype                 of weights and activations
+    planners              by sliding window: what plans the attention, made for num_tokens sequences
+    max_products          that a step has
+    """
+
+    def __init__(
+        self, num_tokens: int, dtype: str, planners: dict[int | None, attention.DevicePlanner], max_products: int
+    ) -> None:
+        self.num_tokens, self.rows, self.dtype, self.planners = num_tokens, rows_for(num_tokens), dtype, planners
+        self._arrays: dict[str, Array] = {}
+        self._done = self._array("done", (max_products,), "uint32")
+        self.flag = self._array("flag", (1,), "uint32")
+        self._num_ctas = _num_ctas()
+        self._parts = cuda.upload(np.full(self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
+        self._recorded: list[dict] = []
+        self._num_products = 0
+        self._start: dict | None = None  # an embedding that does not know its gain yet
+
+    # ---- the operations
+
+    def upload(self, array: Array) -> Array:
+        return array  # it is there
+
+    def index(self, *_: Array) -> None:
+        """Plans the attention of all layers; what of is in the planners already."""
+        for planner in self.planners.values():
+            planner.launch()
+
+    def embedding(self, token_ids: Array, table: Array) -> Array:
+        residual = self._rows("residual", table.shape[1:], self.dtype)
+        if table.data.ptr == residual.data.ptr:
+            return table  # the rows whose logits are wanted: all, in this order
+        self._num_products = 0
+        self._start = {"token_ids": token_ids, "table": table}
+        return residual
+
+    def norm_linear(
+        self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, dtype: str | None = None
+    ) -> Array:
+        out = self._rows(dtype or "product", weight.shape[:1], dtype or self.dtype)
+        self._record_norm(x, gain)
+        finish = _STORE if dtype is None else _STORE_FLOAT
+        return self._record(finish, "normed", weight, out, eps=eps, bias=0 if bias is None else bias.data.ptr)
+
+    def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array) -> Array:
+        out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
+        self._record_norm(x, gain)
+        return self._record(_SWIGLU, "normed", weight, out, eps=eps)
+
+    def linear_add(self, x: Array, weight: Array, residual: Array) -> Array:
+        name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
+        tiles = -(-weight.shape[0] // TILE)
+        squares = self._array("squares", (tiles, self.rows), "float32")
+        normed = self._rows("normed", residual.shape[1:], self.dtype)
+        return self._record(_ADD, name, weight, residual, normed=normed.data.ptr, squares=squares.data.ptr)
+
+    def rope_append(
+        self,
+        qkv: Array,
+        rope_table: Array,
+        k_pool: Array,
+        v_pool: Array,
+        kv_scales: Array | None,
+        index: None,
+        num_heads: int,
+        qk_gains: tuple[Array, Array] | None = None,
+        eps: float = 0.0,
+    ) -> Array:
+        self.flush()
+        out = self._rows("q", (num_heads, qkv.shape[-1]), self.dtype)
+        planner = next(iter(self.planners.values()))
+        batch = (planner.q_indptr, planner.seq_lens, planner.page_indptr, planner.page_indices)
+        cuda.launch_rope_append(qkv, rope_table, k_pool, v_pool, kv_scales, batch, num_heads, qk_gains, eps, out)
+        return out
+
+    def paged_attention(
+        self, q: Array, k_pool: Array, v_pool: Array, kv_scales: Array | None, index: None, scale: float, window: int | None
+    ) -> Array:
+        out = self._rows("attended", q.shape[1:], self.dtype)
+        attention.run(self.planners[window], q, k_pool, v_pool, scale, out=out, kv_scales=kv_scales)
+        return out
+
+    def flush(self) -> None:
+        """Launch the products asked for since the last time."""
+        if not self._recorded:
+            return
+        chain = np.zeros((), CHAIN)
+        for product, values in zip(chain["products"], self._recorded, strict=False):
+            for name, value in values.items():
+                product[name] = value
+        chain["parts"], chain["flag"] = self._parts.data.ptr, self.flag.data.ptr
+        chain["num_products"], chain["num_tokens"] = len(self._recorded), self.num_tokens
+        size = shared_bytes(self.rows)
+        kernel = jit.kernel(SOURCE, NAME, **_defines(self.dtype, self.rows))
+        kernel.max_dynamic_shared_size_bytes = size
+        launch(kernel, (self._num_ctas,), (THREADS,), (chain,), shared_mem=size)
+        self._recorded = []
+
+    # ---- what they record
+
+    def _record(self, finish: int, x: str, weight: Array, out: Array, eps: float = 0.0, **values: int) -> Array:
+        source = self._arrays[x]
+        num_rows, inner = weight.shape
+        if inner % 8 or (finish == _SWIGLU and num_rows % 16):
+            raise DeviceError(f"a product of {num_rows} x {inner} is not in multiples of 16 x 8")  # `takes` has said so
+        if x == "normed":
+            squares = self._arrays["start_squares" if self._from_start else "squares"]
+            values |= {"x_squares": squares.data.ptr, "x_tiles": squares.shape[0]}
+        values |= {
+            "weights": tensor_map.encode_rows(weight.data.ptr, num_rows, inner, TILE, self.dtype),
+            "x": tensor_map.encode_rows(source.data.ptr, self.rows, inner, self.rows, self.dtype),
+            "out": out.data.ptr,
+            "num_rows": num_rows,
+            "inner": inner,
+            "finish": finish,
+            "eps": eps,
+            "done": self._done.data.ptr + 4 * self._num_products,
+        }
+        self._recorded.append(values)
+        self._num_products += 1
+        return out
+
+    def _record_norm(self, x: Array, gain: Array) -> None:
+        """Tell whoever makes x what the norm that reads it multiplies by."""
+        self._from_start = self._start is not None
+        if self._start is None:
+            self._recorded[-1]["gain"] = gain.data.ptr
+            return
+        table, token_ids = self._start["table"], self._start["token_ids"]
+        normed = self._rows("normed", x.shape[1:], self.dtype)
+        squares = self._array("start_squares", (1, self.rows), "float32")
+        kernel = jit.kernel(START_SOURCE, START_NAME, **_DTYPES[self.dtype])
+        args = (token_ids, table, gain, x, normed, squares, self._done, np.int32(x.shape[1]), np.int32(self._done.size))
+        kernel((self.num_tokens,), (256,), args, shared_mem=4 * 32)
+        self._start = None
+
+    def _rows(self, name: str, shape: Sequence[int], dtype: str) -> Array:
+        """An array with a row for each token; there are more behind, up to as many as the kernel takes."""
+        return self._array(name, (self.rows, *shape), dtype)[: self.num_tokens]
+
+    def _array(self, name: str, shape: Sequence[int], dtype: str) -> Array:
+        """The array of this name, made of zeros at its first use."""
+        if name not in self._arrays:
+            self._arrays[name] = cuda.upload(np.zeros(shape, np.dtype(dtype)))
+        array = self._arrays[name]
+        assert array.shape == tuple(shape) and array.dtype == dtype, (name, array.shape, shape)
+        return array
+
+
+@functools.cache
+def _num_ctas() -> int:
+    cupy = jit.import_cupy()
+    return cupy.cuda.Device().attributes["MultiProcessorCount"]

@@ -1,0 +1,222 @@
+"""cuda_src/weight_stream.cu and stream_start.cu, emulated, as `ops.chain` launches them."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from op_cases import SEED
+
+from cupaged.cuda import jit, tensor_map
+from cupaged.ops import chain, cuda
+
+from . import emulator
+from .guarded_memory import GuardedMemory
+
+EPS = 1e-5
+
+
+def encode_rows(address, rows, columns, box_rows, dtype):
+    """What tensor_map.encode_rows makes, of an array of the host."""
+    elements = np.ctypeslib.as_array((ctypes.c_uint16 * (rows * columns)).from_address(address))
+    return emulator.tensor_map(elements.reshape(rows, columns), (box_rows, 64))
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """A Chain over guarded memory, whose launches have so many CTAs; `defines` are those of all kernels."""
+    memory, defines_of_all = GuardedMemory(), {}
+
+    def kernel(source, name, **defines):
+        kernel = emulator.emulate(source, name, **defines | (defines_of_all if source == chain.SOURCE else {}))
+        kernel.after_launch = memory.check
+        return kernel
+
+    monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(jit, "import_cupy", lambda: memory)
+    monkeypatch.setattr(cuda, "cupy", memory)
+    monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
+    monkeypatch.setattr(chain, "launch", lambda kernel, *args, **keywords: kernel(*args, **keywords))
+
+    def make(num_tokens, dtype, num_ctas, max_products, **defines):
+        defines_of_all.update(defines)
+        monkeypatch.setattr(chain, "_num_ctas", lambda: num_ctas)
+        return chain.Chain(num_tokens, dtype, {}, max_products)
+
+    make.memory = memory
+    return make
+
+
+class Weights:
+    """Of two layers without attention: what stands for it is the first of the product's columns."""
+
+    def __init__(self, rng, hidden, heads, ffn, vocab, dtype, upload):
+        def draw(*shape):
+            values = rng.standard_normal(shape) / np.sqrt(shape[-1])
+            return upload(values.astype(dtype))
+
+        def gain(size):
+            return upload((1 + rng.standard_normal(size) / 4).astype(dtype))
+
+        self.hidden, self.heads = hidden, heads
+        self.embed, self.head = draw(vocab, hidden), draw(vocab, hidden)
+        self.embed[...] = (self.embed.astype(np.float32) * np.sqrt(hidden)).astype(dtype)
+        self.layers = [
+            {
+                "input_norm": gain(hidden),
+                "qkv": draw(heads + 64, hidden),
+                "bias": gain(heads + 64),
+                "o": draw(hidden, heads),
+                "post_norm": gain(hidden),
+                "gate_up": draw(2 * ffn, hidden),
+                "down": draw(hidden, ffn),
+            }
+            for _ in range(2)
+        ]
+        self.norm = gain(hidden)
+
+    def forward(self, ops, ids):
+        """The float32 logits, by the operations of a Chain."""
+        x = ops.embedding(ids, self.embed)
+        for layer in self.layers:
+            qkv = ops.norm_linear(x, layer["input_norm"], EPS, layer["qkv"], layer["bias"])
+            ops.flush()
+            attended = ops._rows("attended", (self.heads,), ops.dtype)
+            attended[...] = qkv[:, : self.heads]
+            x = ops.linear_add(attended, layer["o"], x)
+            h = ops.norm_swiglu(x, layer["post_norm"], EPS, layer["gate_up"])
+            x = ops.linear_add(h, layer["down"], x)
+        logits = ops.norm_linear(ops.embedding(ids, x), self.norm, EPS, self.head, dtype="float32")
+        ops.flush()
+        return logits
+
+    def reference(self, ids):
+        """The same in float64."""
+
+        def norm(x, gain):
+            return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * gain.astype(np.float64)
+
+        x = self.embed[ids].astype(np.float64)
+        for layer in self.layers:
+            w = {name: array.astype(np.float64) for name, array in layer.items()}
+            x = x + (norm(x, w["input_norm"]) @ w["qkv"].T + w["bias"])[:, : self.heads] @ w["o"].T
+            both = (norm(x, w["post_norm"]) @ w["gate_up"].T).reshape(len(x), -1, 2, 8)
+            gate, up = (both[:, :, i].reshape(len(x), -1) for i in range(2))
+            x = x + gate / (1 + np.exp(-gate)) * up @ w["down"].T
+        return norm(x, self.norm) @ self.head.astype(np.float64).T
+
+
+CASES = [  # tokens, hidden, heads, ffn, vocab, dtype, CTAs
+    (1, 128, 128, 256, 300 - 300 % 16, "bfloat16", 3),
+    (8, 192, 64, 328, 160, "float16", 5),
+    (5, 576, 576, 64, 64, "bfloat16", 2),
+    (13, 128, 64, 96, 400, "bfloat16", 4),
+    (32, 72, 64, 200, 128, "float16", 3),
+    (64, 200, 128, 128, 272, "bfloat16", 3),
+    (40, 128, 64, 64, 64, "bfloat16", 1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products(make, case):
+    num_tokens, hidden, heads, ffn, vocab, dtype, num_ctas = case
+    rng = np.random.default_rng([SEED, 51, CASES.index(case)])
+    weights = Weights(rng, hidden, heads, ffn, vocab, dtype, make.memory.asarray)
+    ops = make(num_tokens, dtype, num_ctas, max_products=9)
+    results = []
+    for _ in range(2):  # the second on what the first has left
+        ids = make.memory.asarray(rng.integers(0, vocab, num_tokens).astype(np.int32))
+        logits = weights.forward(ops, ids)
+        results.append(np.array(logits))
+        want = weights.reference(ids)
+        error = np.linalg.norm(logits - want) / np.linalg.norm(want)
+        assert error < (1e-2 if dtype == "bfloat16" else 1.5e-3), error
+        assert not ops.flag[0]
+        assert (ops._parts == 0xFFFFFFFF).all(), "parts are left behind"
+        logits[...] = np.nan
+
+
+def test_a_token_does_not_depend_on_the_others(make):
+    """The same bits in every company, and from every schedule."""
+    rng = np.random.default_rng([SEED, 52])
+    weights = Weights(rng, 192, 128, 264, 144, "bfloat16", make.memory.asarray)
+    ids = rng.integers(0, 144, 64).astype(np.int32)
+    rows = set()
+    for first in (1, 2, 8, 13, 32, 64):
+        ops = make(first, "bfloat16", 5, max_products=9)
+        rows.add(np.array(weights.forward(ops, make.memory.asarray(ids[:first]))[0]).tobytes())
+    assert len(rows) == 1
+
+
+def test_a_product_that_never_ends(make, monkeypatch):
+    """Whoever waits for it gives up and says so, nothing hangs, and the next step is right again."""
+    rng = np.random.default_rng([SEED, 53])
+    weights = Weights(rng, 128, 64, 64, 64, "bfloat16", make.memory.asarray)
+    ops = make(3, "bfloat16", 3, max_products=9, PATIENCE=100000)
+    ids = make.memory.asarray(rng.integers(0, 64, 3).astype(np.int32))
+    count = "red_add_release_gpu(product.done, 1)"
+    text = jit.read_source(chain.SOURCE)
+    assert text.count(count) == 1
+    with monkeypatch.context() as patch:
+        changed = {chain.SOURCE: text.replace(count, f"if (product.finish != SWIGLU) {count}")}
+        changed[chain.START_SOURCE] = jit.read_source(chain.START_SOURCE)
+        patch.setattr(jit, "read_source", changed.get)
+        weights.forward(ops, ids)
+    assert ops.flag[0]
+    ops.flag[...] = 0
+    logits, want = weights.forward(ops, ids), weights.reference(ids)
+    assert np.linalg.norm(logits - want) < 1e-2 * np.linalg.norm(want)
+    assert not ops.flag[0]
+
+
+MUTATIONS = {
+    "weights are not waited for": ("mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);", ""),
+    "x is not waited for": ("mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);", ""),
+    "weights are replaced in use": ("mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);", ""),
+    "x is replaced in use": ("mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);", ""),
+    "x is copied before it is made": (
+        "if (p) wait_for(chain.products[p - 1], chain.flag);\n    fence_proxy",
+        "fence_proxy",
+    ),
+    "squares are read before they are made": (
+        "if (p) wait_for(chain.products[p - 1], chain.flag);\n    for (int token",
+        "for (int token",
+    ),
+    "factors are not waited for": (
+        "if (!know_factors) mbarrier_wait_parity(&shared.factors_full[p % 2], p / 2 % 2);",
+        "",
+    ),
+    "parts are not waited for": ("if (!unwritten(part[j])) return false;", "return false;"),
+    "parts are not taken away": ("store_for_others(piece(chain, cta, m, j), uint4{", "(void)(uint4{"),
+    "tiles are counted before they are written": (
+        "red_add_release_gpu(product.done, 1)",
+        "atom_add_relaxed_gpu(product.done, 1)",
+    ),
+    "a warp is counted before it has written": (
+        "  fence_proxy_async_global();\n  named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);\n",
+        "  fence_proxy_async_global();\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_fails(make, monkeypatch, mutation):
+    rng = np.random.default_rng([SEED, 54])
+    hidden = 64 if "factors" in mutation else 320  # they are late only where a CTA has little else to do
+    weights = Weights(rng, hidden, 128, 136, 144, "bfloat16", make.memory.asarray)
+    ids = make.memory.asarray(rng.integers(0, 144, 3).astype(np.int32))
+    want = weights.reference(ids)
+    text, (old, new) = jit.read_source(chain.SOURCE), MUTATIONS[mutation]
+    assert text.count(old) == 1
+    start = jit.read_source(chain.START_SOURCE)
+    changed = {chain.SOURCE: text.replace(old, new), chain.START_SOURCE: start}
+    monkeypatch.setattr(jit, "read_source", lambda source: changed[source])
+    ops = make(3, "bfloat16", 4, max_products=9, STAGES=2, X_STAGES=2)
+
+    def attempt():
+        for _ in range(40):
+            logits = weights.forward(ops, ids)
+            assert np.linalg.norm(logits - want) < 1e-2 * np.linalg.norm(want)
+            logits[...] = ops._arrays["normed"][...] = ops._arrays["activated"][...] = np.nan
+
+    with pytest.raises((AssertionError, emulator.EmulationError)):
+        attempt()
