@@ -46,7 +46,7 @@ enum Finish { STORE, STORE_FLOAT, SWIGLU, ADD };
 struct Product {
   TensorMap weights, x;
   void* out;              // [tokens, num_rows]; of SWIGLU half as many; of ADD the residual, which it reads too
-  const scalar* bias;     // [num_rows] or null
+  const scalar* bias;     // [num_rows] or null; added to the product
   const scalar* gain;     // ADD: [num_rows], of the norm that comes next
   scalar* normed;         // ADD: [tokens, num_rows], the residual times the gain
   float* squares;         // ADD: [tiles, TOKENS], of the residual, summed over the tile's rows
@@ -61,7 +61,7 @@ constexpr int MOST_PRODUCTS = 4;
 struct Chain {
   Product products[MOST_PRODUCTS];
   uint4* parts;    // [gridDim.x, TILE * TOKENS / 4], UNWRITTEN before and after
-  unsigned* flag;  // not 0 after a wait has lasted too long
+  unsigned* flag;  // of the host: 1 after a wait has lasted too long
   int num_products, num_tokens;
 };
 static_assert(sizeof(Chain) == 1600, "CHAIN of cupaged/ops/chain.py");
@@ -142,7 +142,7 @@ __device__ __forceinline__ void wait_while(Wanting wanting, unsigned* flag) {
     if (load_acquire_gpu(flag)) return;
     if (began == 0) began = globaltimer();
     if (globaltimer() - began > PATIENCE) {
-      atom_add_relaxed_gpu(flag, 1);
+      store_for_others(flag, 1u);
       return;
     }
   }
@@ -259,39 +259,56 @@ struct Sums {
       }
     }
   }
-  // Adds what a CTA has left or will leave.
-  __device__ __forceinline__ void add_part(const Chain& chain, int cta) {
-    const auto unwritten = [](const uint4& x) {
-      return x.x == UNWRITTEN || x.y == UNWRITTEN || x.z == UNWRITTEN || x.w == UNWRITTEN;
+  // Adds what the CTAs first to last have left or will leave, in this order.
+  __device__ __forceinline__ void add_parts(const Chain& chain, int first, int last) {
+    constexpr int AT_ONCE = GROUPS < 4 ? 8 : 16 / GROUPS;  // halves of a part whose loading is under way
+    uint4 half[AT_ONCE][GROUPS];
+    const auto load_half = [&](uint4(&into)[GROUPS], int number) {
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) into[j] = load_relaxed_gpu(piece(chain, min(first + number / 2, last), number % 2, j));
     };
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
-      uint4 part[GROUPS];
+    for (int i = 0; i < AT_ONCE; i++) load_half(half[i], i);
+    for (int number = 0; number < 2 * (last - first + 1); number += AT_ONCE) {
 #pragma unroll
-      for (int j = 0; j < GROUPS; j++) part[j] = load_relaxed_gpu(piece(chain, cta, m, j));
-#pragma unroll
-      for (int j = 0; j < GROUPS; j++) {
-        const auto look = [&] {
-          if (!unwritten(part[j])) return false;
-          part[j] = load_relaxed_gpu(piece(chain, cta, m, j));
-          return true;
-        };
-        wait_while(look, chain.flag);
-        store_for_others(piece(chain, cta, m, j), uint4{UNWRITTEN, UNWRITTEN, UNWRITTEN, UNWRITTEN});
-        sum[m][j][0] += __uint_as_float(part[j].x);
-        sum[m][j][1] += __uint_as_float(part[j].y);
-        sum[m][j][2] += __uint_as_float(part[j].z);
-        sum[m][j][3] += __uint_as_float(part[j].w);
+      for (int i = 0; i < AT_ONCE; i++) {
+        if (first + (number + i) / 2 > last) break;
+        add_half(chain, first + (number + i) / 2, i % 2, half[i]);
+        load_half(half[i], number + i + AT_ONCE);
       }
     }
   }
 
-  // f(j, first of 8 rows of the tile, token, values[8]) for this lane's eighths of all that the warp has summed, j the group of
-  // tokens.
+  __device__ __forceinline__ void add_half(const Chain& chain, int cta, int m, uint4 (&half)[GROUPS]) {
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+      const auto unwritten = [&] {
+        const uint4& bits = half[j];
+        return bits.x == UNWRITTEN || bits.y == UNWRITTEN || bits.z == UNWRITTEN || bits.w == UNWRITTEN;
+      };
+      const auto look = [&] {
+        if (!unwritten()) return false;
+        half[j] = load_relaxed_gpu(piece(chain, cta, m, j));
+        return true;
+      };
+      wait_while(look, chain.flag);
+      store_for_others(piece(chain, cta, m, j), uint4{UNWRITTEN, UNWRITTEN, UNWRITTEN, UNWRITTEN});
+      sum[m][j][0] += __uint_as_float(half[j].x);
+      sum[m][j][1] += __uint_as_float(half[j].y);
+      sum[m][j][2] += __uint_as_float(half[j].z);
+      sum[m][j][3] += __uint_as_float(half[j].w);
+    }
+  }
+
+  // f(j, first of 8 rows, token, the product's values[8]) for this lane's eighths of all that the warp has summed of a tile, j the
+  // group of tokens. All lanes come along; rows and tokens may be beyond the last.
   template <class F>
-  __device__ __forceinline__ void for_each_eight(Shared& shared, F f) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __device__ __forceinline__ void for_each_eight(const Product& product, Shared& shared, const float* factors, int tile, F f) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
     auto& turned = shared.turned[warp];
+    vec<scalar, 8> bias = {};
+    const bool biased = product.bias != nullptr && row < product.num_rows;
+    if (biased) bias = load<8>(product.bias + row);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
       __syncwarp();
@@ -301,7 +318,11 @@ struct Sums {
         for (int e = 0; e < 4; e++) turned[lane % 4 * 2 + e % 2][16 * m + e / 2 * 8 + lane / 4] = sum[m][j][e];
       }
       __syncwarp();
-      f(j, warp * WARP_ROWS + lane % 4 * 8, 8 * j + lane / 4, load<8>(&turned[lane / 4][lane % 4 * 8]));
+      const int token = 8 * j + lane / 4;
+      vec<float, 8> values = load<8>(&turned[lane / 4][lane % 4 * 8]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factors[token] + (biased ? to_float(bias.at[i]) : 0.0f);
+      f(j, row, token, values);
     }
   }
 };
@@ -326,29 +347,30 @@ __device__ __forceinline__ void store_rounded(T* target, const float* values) {
 }
 
 template <class T>
-__device__ __forceinline__ void finish_store(const Product& product, const Sums& sums, Shared& shared, int tile, int num_tokens, const float* factors) {
-  sums.for_each_eight(shared, [&](int, int row, int token, vec<float, 8> values) {
-    row += tile * TILE;
+__device__ __forceinline__ void finish_store(
+    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
+  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, const vec<float, 8>& values) {
     if (row >= product.num_rows || token >= num_tokens) return;
+    T* target = place<T>(product.out, product.num_rows, row, token);
+    if (product.num_rows % 8 == 0) {
+      store_rounded<8>(target, values.at);
+    } else {  // a vocabulary may have any size
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      values.at[i] *= factors[token];
-      if (product.bias != nullptr) values.at[i] += to_float(product.bias[row + i]);
+      for (int i = 0; i < 8; i++) {
+        if (row + i < product.num_rows) store_for_others(target + i, from_float<T>(values.at[i]));
+      }
     }
-    store_rounded<8>(place<T>(product.out, product.num_rows, row, token), values.at);
   });
 }
 
 // Of every 16 rows the first 8 are gates and the others what they let through: who has the gates gets the others from the next
 // lane.
-__device__ __forceinline__ void finish_swiglu(const Product& product, const Sums& sums, Shared& shared, int tile, int num_tokens, const float* factors) {
-  sums.for_each_eight(shared, [&](int, int row, int token, vec<float, 8> gate) {
-    const float factor = factors[token];
-    row += tile * TILE;
+__device__ __forceinline__ void finish_swiglu(
+    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
+  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, vec<float, 8> gate) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const float up = factor * __shfl_down_sync(0xffffffffu, gate.at[i], 1);
-      gate.at[i] *= factor;
+      const float up = __shfl_down_sync(0xffffffffu, gate.at[i], 1);
       gate.at[i] = gate.at[i] / (1.0f + expf(-gate.at[i])) * up;
     }
     if (row % 16 || row >= product.num_rows || token >= num_tokens) return;
@@ -372,13 +394,13 @@ struct Residual {
 };
 
 __device__ __forceinline__ void finish_add(
-    const Product& product, const Sums& sums, Shared& shared, int tile, int num_tokens, const Residual& residual) {
+    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens,
+    const Residual& residual) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   vec<scalar, 8> gain = {};
   const int first_row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
   if (first_row < product.num_rows) gain = load<8>(product.gain + first_row);
-  sums.for_each_eight(shared, [&](int j, int row, int token, vec<float, 8> values) {
-    row += tile * TILE;
+  sums.for_each_eight(product, shared, factors, tile, [&](int j, int row, int token, const vec<float, 8>& values) {
     float squares = 0;
     if (row < product.num_rows && token < num_tokens) {
       vec<scalar, 8> sum, scaled;
@@ -412,16 +434,16 @@ __device__ __forceinline__ void finish(
   const Cut cut(product);
   if (count < cut.per_tile) {
     const int last = cut.owner((tile + 1) * cut.per_tile - 1);
-    for (int cta = blockIdx.x + 1; cta <= last; cta++) sums.add_part(chain, cta);
+    sums.add_parts(chain, blockIdx.x + 1, last);
   }
   if (product.finish == STORE) {
-    finish_store<scalar>(product, sums, shared, tile, chain.num_tokens, factors);
+    finish_store<scalar>(product, sums, shared, factors, tile, chain.num_tokens);
   } else if (product.finish == STORE_FLOAT) {
-    finish_store<float>(product, sums, shared, tile, chain.num_tokens, factors);
+    finish_store<float>(product, sums, shared, factors, tile, chain.num_tokens);
   } else if (product.finish == SWIGLU) {
-    finish_swiglu(product, sums, shared, tile, chain.num_tokens, factors);
+    finish_swiglu(product, sums, shared, factors, tile, chain.num_tokens);
   } else {
-    finish_add(product, sums, shared, tile, chain.num_tokens, residual);
+    finish_add(product, sums, shared, factors, tile, chain.num_tokens, residual);
   }
   fence_proxy_async_global();
   named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);

@@ -154,8 +154,10 @@ class LLM:
             )
         step_tokens = max_num_batched_tokens or (CPU_STEP_TOKENS if device_index is None else GPU_STEP_TOKENS)
         with self._device:
-            of_kernels = self.dtype, stored_as(self.kv_cache_dtype), self.config.head_dim, block_size, self.config.qk_norm
-            with ops.compiling(*of_kernels):
+            decoder = None if device_index is None else importlib.import_module("cupaged.model.decoder")
+            types = self.dtype, stored_as(self.kv_cache_dtype)
+            also = decoder.variants(self.config, *types) if decoder else ()
+            with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
                 llama = Llama(self.config, weights or _random_weights(self.config, ops, self.dtype), ops, self.dtype, longest)
             num_blocks = blocks_that_fit(
                 ops,
@@ -168,6 +170,8 @@ class LLM:
                 activation_bytes(self.config, step_tokens, max_num_seqs * (1 + max_draft)),
             )
             pool = KVPool(ops, self.config, self.kv_cache_dtype, num_blocks, block_size)
+            if also:
+                llama.decoder = decoder.Decoder(llama, pool.k, pool.v, pool.scales, longest, max_num_seqs)
         capacity = (num_blocks - 1) * block_size
         if capacity < longest:
             if max_model_len is not None:

@@ -33,16 +33,19 @@ _DEPENDENT = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 1
 
 
 def launch(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
-    """Queue a kernel of `jit.kernel` on the current stream, called like that, as a dependent launch where the device knows those.
+    """Queue a kernel of `jit.kernel` on the current stream, called like that; a dependent launch where the device knows those.
 
-    It may then begin while the kernel before it on the stream still runs (programmatic dependent launch, CUDA Programming Guide,
-    section 4.5), once all CTAs of that one have said so or ended. So it executes griddepcontrol.wait in every CTA before it reads
-    or writes what other kernels do.
+    It may then begin while the kernel before it still runs, once all CTAs of that one have said so or ended (programmatic
+    dependent launch, CUDA Programming Guide, section 4.5). So every CTA executes griddepcontrol.wait before it reads or writes
+    what other kernels do.
     """
     if not _knows_dependent_launches(jit.import_cupy().cuda.runtime.getDevice()):
         kernel(grid, block, args, shared_mem=shared_mem)
         return
-    values = [np.array(arg.data.ptr, np.uint64) if hasattr(arg, "data") and hasattr(arg.data, "ptr") else np.asarray(arg) for arg in args]
+    values = [
+        np.array(arg.data.ptr, np.uint64) if hasattr(arg, "data") and hasattr(arg.data, "ptr") else np.asarray(arg)
+        for arg in args
+    ]
     pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
     config = _Config()
     config.grid[:], config.block[:] = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
@@ -51,6 +54,11 @@ def launch(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tup
     result = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None)
     if result:
         raise DeviceError(f"the driver refuses to launch a kernel (error {result}); restart, and report it if it stays")
+
+
+def _value(arg: Any) -> np.ndarray:
+    """What the kernel gets: the address of a device array, or a NumPy scalar or structure as it is."""
+    return np.asarray(arg) if isinstance(arg, (np.ndarray, np.generic)) else np.array(arg.data.ptr, np.uint64)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import numpy as np
 from cupaged.errors import DeviceError
 
 DTYPE = np.dtype([("opaque", "<u8", 16)])  # struct TensorMap of cuda_src/ptx.cuh, passed by value
-COLUMNS, ROWS = 64, 8  # of an atom of wgmma's operands: rows of 128 bytes, as far as the swizzle goes, and as many as it turns through
+# of an atom of wgmma's operands: rows of 128 bytes, as far as the swizzle goes, and as many as it turns through
+COLUMNS, ROWS = 64, 8
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _NO_INTERLEAVE, _SWIZZLE_128B, _L2_256B, _FILL_ZEROS = 0, 3, 3, 0
 
@@ -35,9 +36,7 @@ def encode_rows(address: int, rows: int, columns: int, box_rows: int, dtype: str
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode(
-    address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str
-) -> np.ndarray:
+def _encode(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: str) -> np.ndarray:
     """Strides in bytes, of all dimensions but the last. A map says nothing but these numbers, so that it can be kept.
 
     DeviceError where the driver knows no tensor maps.
@@ -55,5 +54,7 @@ def _encode(
     how = (_NO_INTERLEAVE, _SWIZZLE_128B, _L2_256B, _FILL_ZEROS)
     result = function(target, kind, rank, base, dims, steps, boxes, ones, *how)
     if result:
-        raise DeviceError(f"the driver refuses a tensor map of {' x '.join(map(str, sizes))} (error {result}); use smaller arrays")
+        raise DeviceError(
+            f"the driver refuses a tensor map of {' x '.join(map(str, sizes))} (error {result}); use smaller arrays"
+        )
     return np.frombuffer(ctypes.string_at(start, DTYPE.itemsize), DTYPE).reshape(())

@@ -302,6 +302,7 @@ class Engine:
         wanted = [(item.completion.seq, item.draws) for item in work] + [(item.completion.seq, item.prompt) for item in work]
         logits = self._forward([(item.completion.seq, item.count) for item in work], wanted)
         tokens, scores = draw(self.model.ops, logits, work)
+        self.model.check()
         self._hand_out(work, tokens, scores)
 
     def _hand_out(self, work: list[Work], tokens: list[int], scores: dict[int, Score]) -> None:

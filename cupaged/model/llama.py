@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cupaged.checkpoint.config import ModelConfig
 from cupaged.model.parameters import load
 from cupaged.model.rope import rope_table
+
+if TYPE_CHECKING:
+    from cupaged.model.decoder import Decoder
+    from cupaged.ops.chain import Chain
 
 
 @dataclass
@@ -45,16 +50,28 @@ class Llama:
         max_positions: int,
     ) -> None:
         self.config, self.ops = config, ops
+        self.decoder: Decoder | None = None  # takes steps of one token a sequence, once there is one
         self.params = load(config, weights, ops, dtype)
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
-    def forward(self, batch: Batch, k_pool: np.ndarray, v_pool: np.ndarray, kv_scales: np.ndarray | None = None) -> np.ndarray:
+    def forward(
+        self,
+        batch: Batch,
+        k_pool: np.ndarray,
+        v_pool: np.ndarray,
+        kv_scales: np.ndarray | None = None,
+        ops: ModuleType | Chain | None = None,
+    ) -> np.ndarray:
         """Append the batch's K/V to the pools and return float32 logits [R, vocab].
 
         Pools are [num_layers, num_kv_heads, num_blocks, block_size, head_dim]; kv_scales [num_layers, ...] belong to pools of 8
-        bits, as `ops.numpy` says.
+        bits, as `ops.numpy` says. Without `ops`, a step that the decoder takes is its affair; its logits hold until the next.
         """
-        ops, config, params, eps = self.ops, self.config, self.params, self.config.rms_norm_eps
+        if ops is None:
+            if self.decoder is not None and self.decoder.takes(batch):
+                return self.decoder.logits(batch)
+            ops = self.ops
+        config, params, eps = self.config, self.params, self.config.rms_norm_eps
         num_tokens = len(batch.token_ids)
         index = ops.index(batch.q_indptr, batch.seq_lens, batch.page_indptr, batch.page_indices)
 
@@ -72,3 +89,8 @@ class Llama:
 
         x = ops.embedding(ops.upload(batch.logit_rows), x)  # the same gather: [R, hidden]
         return ops.norm_linear(x, params.norm, eps, params.head, dtype="float32")
+
+    def check(self) -> None:
+        """DeviceError if the device has failed in a step that is over."""
+        if self.decoder is not None:
+            self.decoder.check()

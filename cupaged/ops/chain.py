@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from cupaged import attention
+from cupaged.attention.planner import DECODE_ROWS
+from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit, tensor_map
 from cupaged.cuda.launch import launch
-from cupaged.errors import DeviceError
 from cupaged.ops import cuda
 
 Array = Any  # cupy.ndarray
@@ -40,13 +41,9 @@ CHAIN = np.dtype(
 )
 
 
-def variants() -> list[tuple[str, str, dict[str, int]]]:
+def variants(dtype: str) -> list[tuple[str, str, dict[str, int]]]:
     """(source, kernel, defines) of every kernel that a `Chain` can ask for."""
-    found = []
-    for dtype in cuda.DTYPES:
-        found.append((START_SOURCE, START_NAME, _DTYPES[dtype]))
-        found += [(SOURCE, NAME, _defines(dtype, rows)) for rows in STAGES]
-    return found
+    return [(START_SOURCE, START_NAME, _DTYPES[dtype]), *((SOURCE, NAME, _defines(dtype, rows)) for rows in STAGES)]
 
 
 def _defines(dtype: str, rows: int) -> dict[str, int]:
@@ -60,6 +57,15 @@ def shared_bytes(rows: int) -> int:
     boxes = stages * TILE * DEPTH * 2 + x_stages * rows * DEPTH * 2
     rest = 16 * (stages + x_stages) + 16 + 6 * 4 * rows + 4 * 4 * 8 * 36
     return boxes + -(-rest // 1024) * 1024
+
+
+def takes(config: ModelConfig) -> bool:
+    """Whether a `Chain` can compute a model on the current device, which must be sm_90 or newer and have room for its rings."""
+    device = jit.import_cupy().cuda.Device()
+    room = max(shared_bytes(rows) for rows in STAGES) <= device.attributes["MaxSharedMemoryPerBlockOptin"]
+    widths = (config.hidden_size, config.intermediate_size)
+    fits = all(width % 8 == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
+    return fits and room and int(device.compute_capability) >= 90
 
 
 def rows_for(num_tokens: int) -> int:
@@ -85,7 +91,7 @@ class Chain:
         self.num_tokens, self.rows, self.dtype, self.planners = num_tokens, rows_for(num_tokens), dtype, planners
         self._arrays: dict[str, Array] = {}
         self._done = self._array("done", (max_products,), "uint32")
-        self.flag = self._array("flag", (1,), "uint32")
+        self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
         self._num_ctas = _num_ctas()
         self._parts = cuda.upload(np.full(self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
         self._recorded: list[dict] = []
@@ -116,19 +122,19 @@ class Chain:
         out = self._rows(dtype or "product", weight.shape[:1], dtype or self.dtype)
         self._record_norm(x, gain)
         finish = _STORE if dtype is None else _STORE_FLOAT
-        return self._record(finish, "normed", weight, out, eps=eps, bias=0 if bias is None else bias.data.ptr)
+        return self._record(finish, "normed", weight, bias, out, eps=eps)
 
-    def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array) -> Array:
+    def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
         out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
         self._record_norm(x, gain)
-        return self._record(_SWIGLU, "normed", weight, out, eps=eps)
+        return self._record(_SWIGLU, "normed", weight, bias, out, eps=eps)
 
-    def linear_add(self, x: Array, weight: Array, residual: Array) -> Array:
+    def linear_add(self, x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
         tiles = -(-weight.shape[0] // TILE)
         squares = self._array("squares", (tiles, self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
-        return self._record(_ADD, name, weight, residual, normed=normed.data.ptr, squares=squares.data.ptr)
+        return self._record(_ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
 
     def rope_append(
         self,
@@ -156,6 +162,11 @@ class Chain:
         attention.run(self.planners[window], q, k_pool, v_pool, scale, out=out, kv_scales=kv_scales)
         return out
 
+    def reset(self) -> None:
+        """After a step that has failed: as if none had been."""
+        self._parts[...] = _UNWRITTEN
+        self.flag[0] = 0
+
     def flush(self) -> None:
         """Launch the products asked for since the last time."""
         if not self._recorded:
@@ -164,7 +175,7 @@ class Chain:
         for product, values in zip(chain["products"], self._recorded, strict=False):
             for name, value in values.items():
                 product[name] = value
-        chain["parts"], chain["flag"] = self._parts.data.ptr, self.flag.data.ptr
+        chain["parts"], chain["flag"] = self._parts.data.ptr, self.flag.ctypes.data
         chain["num_products"], chain["num_tokens"] = len(self._recorded), self.num_tokens
         size = shared_bytes(self.rows)
         kernel = jit.kernel(SOURCE, NAME, **_defines(self.dtype, self.rows))
@@ -174,11 +185,11 @@ class Chain:
 
     # ---- what they record
 
-    def _record(self, finish: int, x: str, weight: Array, out: Array, eps: float = 0.0, **values: int) -> Array:
+    def _record(
+        self, finish: int, x: str, weight: Array, bias: Array | None, out: Array, eps: float = 0.0, **values: int
+    ) -> Array:
         source = self._arrays[x]
         num_rows, inner = weight.shape
-        if inner % 8 or (finish == _SWIGLU and num_rows % 16):
-            raise DeviceError(f"a product of {num_rows} x {inner} is not in multiples of 16 x 8")  # `takes` has said so
         if x == "normed":
             squares = self._arrays["start_squares" if self._from_start else "squares"]
             values |= {"x_squares": squares.data.ptr, "x_tiles": squares.shape[0]}
@@ -186,6 +197,7 @@ class Chain:
             "weights": tensor_map.encode_rows(weight.data.ptr, num_rows, inner, TILE, self.dtype),
             "x": tensor_map.encode_rows(source.data.ptr, self.rows, inner, self.rows, self.dtype),
             "out": out.data.ptr,
+            "bias": 0 if bias is None else bias.data.ptr,
             "num_rows": num_rows,
             "inner": inner,
             "finish": finish,
@@ -219,7 +231,7 @@ class Chain:
         if name not in self._arrays:
             self._arrays[name] = cuda.upload(np.zeros(shape, np.dtype(dtype)))
         array = self._arrays[name]
-        assert array.shape == tuple(shape) and array.dtype == dtype, (name, array.shape, shape)
+        assert (array.shape, array.dtype) == (tuple(shape), dtype), f"{name} was {array.shape}"
         return array
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -68,11 +69,13 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool) -> contextlib.AbstractContextManager:
+def compiling(
+    dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool, also: Sequence[jit.Variant] = ()
+) -> contextlib.AbstractContextManager:
     """Context beside whose body the kernels of a model are compiled, where that was not done before; they are ready at its end.
 
     The types are of activations and of the arrays of the KV pool; with qk_norm `rope_append` is given gains. For the current
-    device. InvalidArgument for other head_dims than 64 and 128.
+    device, and with them the kernels `also`. InvalidArgument for other head_dims than 64 and 128.
     """
     if head_dim not in (64, 128):
         raise InvalidArgument(f"the model's head_dim is {head_dim} and the CUDA kernels know 64 and 128; use device 'cpu'")
@@ -82,7 +85,7 @@ def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm
             defines = {} if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES[dtype]
             shape = _rope_append_defines(kv_dtype, qk_norm) if name == "rope_append" else {}
             found.append((source, name, {**defines, **shape}))
-    return jit.compiling(found)
+    return jit.compiling([*found, *also])
 
 
 def _rope_append_defines(kv_dtype: str, qk_norm: bool) -> dict[str, int]:
@@ -143,6 +146,14 @@ def empty(shape: tuple[int, ...], dtype: str | np.dtype) -> Array:
         return cupy.empty(shape, dtype)
     except MemoryError as error:
         raise _no_room(math.prod(shape) * np.dtype(dtype).itemsize) from error
+
+
+def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A host array of zeros that the device can read and write where it is, and copies fast."""
+    size = math.prod(shape)
+    array = np.frombuffer(cupy.cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize), dtype, size).reshape(shape)
+    array[...] = 0
+    return array
 
 
 def upload(array: np.ndarray, dtype: str | None = None) -> Array:

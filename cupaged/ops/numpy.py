@@ -25,6 +25,7 @@ are kept there:
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -44,7 +45,9 @@ def device(index: int = 0) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def compiling(dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool) -> contextlib.AbstractContextManager:
+def compiling(
+    dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool, also: Sequence = ()
+) -> contextlib.AbstractContextManager:
     """Context beside whose body a model's operations are compiled; here there is nothing to compile."""
     return contextlib.nullcontext()
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -108,6 +109,7 @@ class Kernel:
     """
 
     preferred_shared_memory_carveout = -1  # percent; the driver's choice
+    captured: ClassVar[list[Callable[[], None]] | None] = None  # launches, while a graph is captured: none is made then
 
     def __init__(self, name: str, library: ctypes.CDLL) -> None:
         self.name = name
@@ -136,9 +138,13 @@ class Kernel:
         if len(args) != len(self._parameters):
             raise EmulationError(f"{self.name} takes {len(self._parameters)} arguments, not {len(args)}")
         values = [self._pass(i, arg, kind) for i, (arg, kind) in enumerate(zip(args, self._parameters, strict=True))]
+        if Kernel.captured is not None:
+            Kernel.captured.append(lambda: self._run(grid, threads, values, shared_mem, schedules.getrandbits(31)))
+            return
+        self._run(grid, threads, values, shared_mem, schedules.getrandbits(31) if seed is None else seed)
+
+    def _run(self, grid: tuple[int, ...], threads: int, values: list[np.ndarray], shared_mem: int, seed: int) -> None:
         pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        if seed is None:
-            seed = schedules.getrandbits(31)
         failure = self._launch(pointers, (ctypes.c_uint * 3)(*grid), threads, shared_mem, seed)
         if failure:
             raise EmulationError(f"{self.name}: {failure.decode()} (schedule {seed})")

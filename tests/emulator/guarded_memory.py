@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .emulator import EmulationError
+from .emulator import EmulationError, Kernel
 
 GUARD = 64 << 10  # bytes before and after every array
 ALIGNMENT = 512  # as in CuPy
@@ -26,6 +26,38 @@ class DeviceArray(np.ndarray):
         return SimpleNamespace(ptr=self.ctypes.data)
 
 
+class Stream:
+    """CuPy's names for streams, events and graphs of launches. Everything happens at once here."""
+
+    ptr = 0
+
+    def __init__(self, **_: bool) -> None:
+        self._launches: list = []
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def record(self, stream: Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def begin_capture(self) -> None:
+        Kernel.captured = self._launches = []
+
+    def end_capture(self) -> Stream:
+        Kernel.captured = None
+        return self
+
+    def launch(self, stream: Stream) -> None:  # of the graph
+        for launch in self._launches:
+            launch()
+
+
 class GuardedMemory:
     """The functions of the module `cupy` that ops/cuda.py uses, and `check`."""
 
@@ -33,9 +65,14 @@ class GuardedMemory:
 
     def __init__(self) -> None:
         runtime = SimpleNamespace(getDevice=lambda: 0, memcpy2DAsync=_memcpy_2d, memcpyDeviceToDevice=3)
-        stream = SimpleNamespace(ptr=0)
+        runtime.memcpyAsync, runtime.memcpyHostToDevice = _memcpy, 1
         self.cuda = SimpleNamespace(
-            Device=lambda index: contextlib.nullcontext(), runtime=runtime, get_current_stream=lambda: stream
+            alloc_pinned_memory=bytearray,
+            Device=lambda index: contextlib.nullcontext(),
+            runtime=runtime,
+            get_current_stream=Stream,
+            Stream=Stream,
+            Event=Stream,
         )
         self._guards: list[np.ndarray] = []
 
@@ -59,6 +96,10 @@ class GuardedMemory:
         for guard in self._guards:
             if (guard != POISON).any():
                 raise EmulationError("a write outside of an array")
+
+
+def _memcpy(target: int, source: int, size: int, *_: int) -> None:
+    ctypes.memmove(target, source, size)
 
 
 def _memcpy_2d(target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int, *_: int) -> None:

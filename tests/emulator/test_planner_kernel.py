@@ -1,6 +1,5 @@
 """cuda_src/plan.cu and merge_states.cu, emulated: the host's plan, bit by bit; and attention over parts, joined."""
 
-import ctypes
 import re
 
 import attention_cases
@@ -24,29 +23,9 @@ from .guarded_memory import GuardedMemory
 FEW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-class Stream:
-    """CuPy's names for copies and events, which happen at once here."""
-
-    ptr = 0
-
-    def record(self, stream):
-        pass
-
-    def synchronize(self):
-        pass
-
-
-def copy(target, source, size, kind, stream):
-    ctypes.memmove(target, source, size)
-
-
 @pytest.fixture
 def device(monkeypatch):
     memory = GuardedMemory()
-    memory.cuda.alloc_pinned_memory = bytearray
-    memory.cuda.Event = lambda disable_timing: Stream()
-    memory.cuda.get_current_stream = Stream
-    memory.cuda.runtime.memcpyAsync, memory.cuda.runtime.memcpyHostToDevice = copy, 1
 
     def kernel(source, name, **defines):
         kernel = emulator.emulate(source, name, **defines)

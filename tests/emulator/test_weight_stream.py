@@ -68,7 +68,9 @@ class Weights:
                 "o": draw(hidden, heads),
                 "post_norm": gain(hidden),
                 "gate_up": draw(2 * ffn, hidden),
+                "gate_up_bias": gain(2 * ffn),
                 "down": draw(hidden, ffn),
+                "down_bias": gain(hidden),
             }
             for _ in range(2)
         ]
@@ -83,8 +85,8 @@ class Weights:
             attended = ops._rows("attended", (self.heads,), ops.dtype)
             attended[...] = qkv[:, : self.heads]
             x = ops.linear_add(attended, layer["o"], x)
-            h = ops.norm_swiglu(x, layer["post_norm"], EPS, layer["gate_up"])
-            x = ops.linear_add(h, layer["down"], x)
+            h = ops.norm_swiglu(x, layer["post_norm"], EPS, layer["gate_up"], layer["gate_up_bias"])
+            x = ops.linear_add(h, layer["down"], x, layer["down_bias"])
         logits = ops.norm_linear(ops.embedding(ids, x), self.norm, EPS, self.head, dtype="float32")
         ops.flush()
         return logits
@@ -99,9 +101,9 @@ class Weights:
         for layer in self.layers:
             w = {name: array.astype(np.float64) for name, array in layer.items()}
             x = x + (norm(x, w["input_norm"]) @ w["qkv"].T + w["bias"])[:, : self.heads] @ w["o"].T
-            both = (norm(x, w["post_norm"]) @ w["gate_up"].T).reshape(len(x), -1, 2, 8)
+            both = (norm(x, w["post_norm"]) @ w["gate_up"].T + w["gate_up_bias"]).reshape(len(x), -1, 2, 8)
             gate, up = (both[:, :, i].reshape(len(x), -1) for i in range(2))
-            x = x + gate / (1 + np.exp(-gate)) * up @ w["down"].T
+            x = x + gate / (1 + np.exp(-gate)) * up @ w["down"].T + w["down_bias"]
         return norm(x, self.norm) @ self.head.astype(np.float64).T
 
 
@@ -185,7 +187,7 @@ MUTATIONS = {
         "if (!know_factors) mbarrier_wait_parity(&shared.factors_full[p % 2], p / 2 % 2);",
         "",
     ),
-    "parts are not waited for": ("if (!unwritten(part[j])) return false;", "return false;"),
+    "parts are not waited for": ("if (!unwritten()) return false;", "return false;"),
     "parts are not taken away": ("store_for_others(piece(chain, cta, m, j), uint4{", "(void)(uint4{"),
     "tiles are counted before they are written": (
         "red_add_release_gpu(product.done, 1)",

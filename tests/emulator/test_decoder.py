@@ -1,0 +1,105 @@
+"""The graphs of decode steps, captured and replayed over emulated kernels."""
+
+import numpy as np
+import pytest
+import tiny_models
+from op_cases import SEED
+
+from cupaged.checkpoint.config import load_config
+from cupaged.checkpoint.weights import open_weights
+from cupaged.cuda import tensor_map
+from cupaged.engine.kv_pool import KVPool
+from cupaged.errors import DeviceError
+from cupaged.model.decoder import Decoder
+from cupaged.model.llama import Batch, Llama
+from cupaged.ops import chain
+from cupaged.ops import numpy as reference_ops
+
+from .test_weight_stream import encode_rows
+
+LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
+BLOCKS, BLOCK_SIZE = 24, 16
+
+
+@pytest.fixture
+def decoding(ops, monkeypatch, tmp_path):
+    """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
+    monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
+    monkeypatch.setattr(chain, "launch", lambda kernel, *args, **keywords: kernel(*args, **keywords))
+    monkeypatch.setattr(chain, "_num_ctas", lambda: 3)
+
+    def make(name, kv_dtype="bfloat16"):
+        folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+        config = load_config(folder)
+        weights = list(open_weights(folder, config))
+        models = [Llama(config, weights, o, dtype, 64) for o, dtype in ((ops, "bfloat16"), (reference_ops, "float32"))]
+        pools = [KVPool(o, config, d, BLOCKS, BLOCK_SIZE) for o, d in ((ops, kv_dtype), (reference_ops, "float32"))]
+        pools[0].k.view(np.uint8)[...] = pools[0].v.view(np.uint8)[...] = 0  # block 0 is nobody's
+        models[0].decoder = Decoder(models[0], pools[0].k, pools[0].v, pools[0].scales, 64, 16)
+        return models, pools
+
+    return make
+
+
+def batch(sequences, tokens, pages, order):
+    """So many next tokens of each sequence (its length, then); the last logits of each are wanted, in this order."""
+    counts = [len(new) for new in tokens]
+    tables = [pages[number][: -(-length // BLOCK_SIZE)] for number, length in sequences]
+    return Batch(
+        token_ids=np.concatenate(tokens).astype(np.int32),
+        logit_rows=(np.cumsum(counts, dtype=np.int32) - 1)[order],
+        q_indptr=np.cumsum([0, *counts], dtype=np.int32),
+        seq_lens=np.int32([length for _, length in sequences]),
+        page_indptr=np.cumsum([0, *map(len, tables)], dtype=np.int32),
+        page_indices=np.concatenate(tables).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [
+        *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
+        *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+    ],
+)
+def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
+    (model, reference), pools = decoding(name, kv_dtype)
+    rng = np.random.default_rng([SEED, 61])
+    vocab = model.config.vocab_size
+    pages = rng.permutation(np.arange(1, BLOCKS))[:20].reshape(5, 4)
+    lengths = [30, 1, 17, 8, 16]
+    prefill = batch(list(enumerate(lengths)), [rng.integers(0, vocab, length) for length in lengths], pages, np.arange(5))
+    for one, pool in zip((model, reference), pools, strict=True):
+        one.forward(prefill, pool.k, pool.v, pool.scales)
+    assert not model.decoder.takes(prefill)
+    for running in ([0], [0, 1, 2], [2, 1, 4, 0, 3], [3], [1, 0, 4]):
+        for number in running:
+            lengths[number] += 1
+        step = batch(
+            [(number, lengths[number]) for number in running],
+            [rng.integers(0, vocab, 1) for _ in running],
+            pages,
+            rng.permutation(len(running)),
+        )
+        assert model.decoder.takes(step)
+        got, want = (
+            one.forward(step, pool.k, pool.v, pool.scales) for one, pool in zip((model, reference), pools, strict=True)
+        )
+        assert got.shape == want.shape
+        error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert error.max() <= LIMIT[kv_dtype]
+        got[...] = np.nan
+        model.check()
+    assert set(model.decoder._graphs) == {1, 4, 8}
+
+
+def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
+    (model, reference), pools = decoding("llama-gqa")
+    step = batch([(0, 1)], [[3]], [[2]], np.arange(1))
+    got, want = (one.forward(step, pool.k, pool.v) for one, pool in zip((model, reference), pools, strict=True))
+    model.decoder._graphs[1].chain.flag[0] = 1  # as a kernel leaves it
+    with pytest.raises(DeviceError, match=r"waited in vain.*try once more"):
+        model.check()
+    got = model.forward(step, pools[0].k, pools[0].v)
+    model.check()
+    assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
