@@ -329,6 +329,8 @@ __device__ __forceinline__ Stage& attend_prefill(WarpTile& tile, KvRing& ring, i
 // max(0, p - window + 1) .. p of [kv_start, kv_stop) of its tile, or what its mask says.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) persistent_attention(const __grid_constant__ Params params) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   KvRing ring(params, shared.ring);
   for (int number = 0;; number++) {
     const PartList parts = parts_of_cta(params, number);

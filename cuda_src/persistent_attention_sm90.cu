@@ -353,12 +353,14 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP*(1 + CONSUMERS), 1) persi
     const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   KvRings& rings = shared.rings;
+  griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) {
     rings.init();
     for (QueryRoom& room : shared.rooms) room.init();
     fence_mbarrier_init();
   }
   __syncthreads();
+  griddepcontrol_wait();
   const int warp = threadIdx.x / 32;
   if (threadIdx.x < WARPGROUP) {
     setmaxnreg_dec<56>();

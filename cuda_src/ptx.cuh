@@ -350,13 +350,22 @@ __device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence
 // The same for global memory: by who has stored there before others are told, and by those once they know, before they copy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+#endif
+
 // ---- dependent launches ------------------------------------------------------------------------------------------------
 // The next kernel of the stream may come as soon as all CTAs have said so, where it was launched as a dependent one.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Waits until the kernels before have ended and what they wrote is there. No effect where this one was launched plainly.
-__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // ---- wgmma: products of a warpgroup, four warps from a multiple of four ----------------------------------------------

@@ -162,6 +162,8 @@ extern "C" __global__ void __launch_bounds__(128, CTAS_PER_SM) rope_append(
 #else
   const Norm q_norm = {}, k_norm = {};
 #endif
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const int row = blockIdx.x;
   if (row >= q_indptr[num_sequences]) return;
   const int sequence = sequence_of_row(row, q_indptr, num_sequences);

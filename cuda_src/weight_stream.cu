@@ -25,8 +25,9 @@
 // Norms: a product that adds to the residual writes it, it times the gain of the norm that comes next, and sums of squares. The
 // next product takes the second and multiplies its result by 1 / rms, which is known only once all tiles have been written.
 //
-// Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; STAGES, X_STAGES.
+// Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; STAGES, X_STAGES; KV_FP8 where pools hold such codes.
 #include "dtypes.cuh"
+#include "paged_kv.cuh"
 #include "stream_norm.cuh"
 
 constexpr int TILE = 128, DEPTH = 64;  // rows of weights and length of a unit
@@ -41,11 +42,17 @@ constexpr unsigned UNWRITTEN = 0xffffffff;  // a NaN that no sum is
 #define PATIENCE 2000000000ull  // nanoseconds
 #endif
 
-enum Finish { STORE, STORE_FLOAT, SWIGLU, ADD };
+#if defined(KV_FP8)
+using kv_code = unsigned char;
+#else
+using kv_code = scalar;
+#endif
+
+enum Finish { STORE, STORE_FLOAT, SWIGLU, ADD, QKV };
 
 struct Product {
   TensorMap weights, x;
-  void* out;              // [tokens, num_rows]; of SWIGLU half as many; of ADD the residual, which it reads too
+  void* out;              // [tokens, num_rows]; of SWIGLU half as many, of QKV q's; of ADD the residual, which it reads too
   const scalar* bias;     // [num_rows] or null; added to the product
   const scalar* gain;     // ADD: [num_rows], of the norm that comes next
   scalar* normed;         // ADD: [tokens, num_rows], the residual times the gain
@@ -57,14 +64,24 @@ struct Product {
 };
 static_assert(sizeof(Product) == 384, "PRODUCT of cupaged/ops/chain.py");
 
+// Where QKV puts the keys and values of its tokens, each the last of its sequence: as in rope_append.cu.
+struct Append {
+  const float* rope_table;
+  kv_code *k_pool, *v_pool;
+  const float* kv_scales;
+  const int *seq_lens, *page_indptr, *page_indices;
+  int num_heads, num_kv_heads, head_dim, num_blocks, block_shift;
+};
+
 constexpr int MOST_PRODUCTS = 4;
 struct Chain {
   Product products[MOST_PRODUCTS];
   uint4* parts;    // [gridDim.x, TILE * TOKENS / 4], UNWRITTEN before and after
   unsigned* flag;  // of the host: 1 after a wait has lasted too long
+  Append append;
   int num_products, num_tokens;
 };
-static_assert(sizeof(Chain) == 1600, "CHAIN of cupaged/ops/chain.py");
+static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/chain.py");
 
 // Rows of 64 scalars with the 128-byte swizzle: piece p (8 scalars) of row r lies at p XOR r % 8.
 template <int ROWS>
@@ -213,6 +230,20 @@ __device__ __forceinline__ void produce_factors(const Chain& chain, Shared& shar
   }
 }
 
+// What is added to 8 rows of the product.
+struct Bias {
+  vec<scalar, 8> at;
+  bool any;
+
+  __device__ __forceinline__ Bias(const Product& product, int row) : at(), any(product.bias != nullptr && row < product.num_rows) {
+    if (any) at = load<8>(product.bias + row);
+  }
+  __device__ __forceinline__ void add(vec<float, 8>& values, float factor) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factor + (any ? to_float(at.at[i]) : 0.0f);
+  }
+};
+
 // A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[m][j][2 * h + i] is row 16 m + 8 h + g of the warp's and token
 // 8 j + 2 t + i.
 struct Sums {
@@ -300,28 +331,31 @@ struct Sums {
     }
   }
 
+  // Leaves the sums of a group of tokens in the warp's room, where lanes find 8 rows of a token side by side.
+  __device__ __forceinline__ void turn(Shared& shared, int j) const {
+    const int lane = threadIdx.x % 32;
+    auto& turned = shared.turned[threadIdx.x / 32];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) turned[lane % 4 * 2 + e % 2][16 * m + e / 2 * 8 + lane / 4] = sum[m][j][e];
+    }
+  }
+
   // f(j, first of 8 rows, token, the product's values[8]) for this lane's eighths of all that the warp has summed of a tile, j the
   // group of tokens. All lanes come along; rows and tokens may be beyond the last.
   template <class F>
   __device__ __forceinline__ void for_each_eight(const Product& product, Shared& shared, const float* factors, int tile, F f) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
-    auto& turned = shared.turned[warp];
-    vec<scalar, 8> bias = {};
-    const bool biased = product.bias != nullptr && row < product.num_rows;
-    if (biased) bias = load<8>(product.bias + row);
+    const Bias bias(product, row);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
       __syncwarp();
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) turned[lane % 4 * 2 + e % 2][16 * m + e / 2 * 8 + lane / 4] = sum[m][j][e];
-      }
+      turn(shared, j);
       __syncwarp();
       const int token = 8 * j + lane / 4;
-      vec<float, 8> values = load<8>(&turned[lane / 4][lane % 4 * 8]);
-#pragma unroll
-      for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factors[token] + (biased ? to_float(bias.at[i]) : 0.0f);
+      vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
+      bias.add(values, factors[token]);
       f(j, row, token, values);
     }
   }
@@ -376,6 +410,56 @@ __device__ __forceinline__ void finish_swiglu(
     if (row % 16 || row >= product.num_rows || token >= num_tokens) return;
     store_rounded<8>(place<scalar>(product.out, product.num_rows / 2, row / 2, token), gate.at);
   });
+}
+
+// Queries and keys turn by their token's position, element i of a head's lower half with element i of the upper: what another
+// warp has summed. Queries are stored, keys and values appended to their pages.
+__device__ __forceinline__ void finish_qkv(
+    const Product& product, const Append& append, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = append.head_dim / 2;
+  const int row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8, head = row / append.head_dim, d = row % append.head_dim;
+  const bool lower = d < half, value_head = head >= append.num_heads + append.num_kv_heads;
+  const int other_row = lower ? row + half : row - half, other_warp = other_row % TILE / WARP_ROWS;
+  const Bias bias(product, row), other_bias(product, other_row);
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    __syncwarp();
+    named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
+    sums.turn(shared, j);
+    named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
+    const int token = 8 * j + lane / 4;
+    const int position = token < num_tokens ? append.seq_lens[token] - 1 : -1;
+    if (row >= product.num_rows || position < 0) continue;
+    vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
+    bias.add(values, factors[token]);
+    if (!value_head) {
+      vec<float, 8> others = load<8>(&shared.turned[other_warp][lane / 4][lane % 4 * 8]);
+      other_bias.add(others, factors[token]);
+      const float* angles = append.rope_table + static_cast<long long>(position) * append.head_dim + d % half;
+      const vec<float, 8> cosine = load<8>(angles), sine = load<8>(angles + half);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        values.at[i] = values.at[i] * cosine.at[i] + (lower ? -others.at[i] : others.at[i]) * sine.at[i];
+      }
+    }
+    if (head < append.num_heads) {
+      store_rounded<8>(place<scalar>(product.out, append.num_heads * append.head_dim, row, token), values.at);
+      continue;
+    }
+    const int kv_head = (head - append.num_heads) % append.num_kv_heads;
+    const int* page_table = append.page_indices + append.page_indptr[token];
+    kv_code* pool = value_head ? append.v_pool : append.k_pool;
+    pool += kv_offset(position, page_table, kv_head, append.num_blocks, append.block_shift, append.head_dim) + d;
+#if defined(KV_FP8)
+    const float scale = append.kv_scales[2 * kv_head + value_head];
+    vec<kv_code, 8> codes;
+#pragma unroll
+    for (int i = 0; i < 8; i++) codes.at[i] = cvt_e4m3_satfinite(values.at[i] / scale);
+    store(pool, codes);
+#else
+    store_rounded<8>(pool, values.at);
+#endif
+  }
 }
 
 // What of the residual a lane adds to, by group of tokens.
@@ -442,6 +526,8 @@ __device__ __forceinline__ void finish(
     finish_store<float>(product, sums, shared, factors, tile, chain.num_tokens);
   } else if (product.finish == SWIGLU) {
     finish_swiglu(product, sums, shared, factors, tile, chain.num_tokens);
+  } else if (product.finish == QKV) {
+    finish_qkv(product, chain.append, sums, shared, factors, tile, chain.num_tokens);
   } else {
     finish_add(product, sums, shared, factors, tile, chain.num_tokens, residual);
   }

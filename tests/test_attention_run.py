@@ -11,7 +11,7 @@ from op_cases import DTYPES, SEED
 from cupaged import attention
 from cupaged.attention import Grid, pack_mask, plan, planner
 from cupaged.attention.kernel import PARAMS
-from cupaged.cuda import jit
+from cupaged.cuda import jit, launch
 from cupaged.errors import InvalidArgument
 
 BF16, F16 = DTYPES["bfloat16"], DTYPES["float16"]
@@ -39,6 +39,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(jit, "import_cupy", lambda: memory)
     monkeypatch.setattr(jit, "kernel", kernel)
+    monkeypatch.setattr(launch, "_knows_dependent_launches", lambda device: False)
     monkeypatch.setattr(attention.kernel, "_workspaces", {})
     monkeypatch.setattr(attention.kernel, "_shared_memory_per_sm", lambda device: 233472)
     return types.SimpleNamespace(asarray=memory.asarray, empty=memory.empty, kernels=kernels)

@@ -16,6 +16,7 @@ from cupaged.attention import inputs
 from cupaged.attention.device_plan import DevicePlanner
 from cupaged.attention.planner import LEAST_PAGE, Grid, Plan
 from cupaged.cuda import jit, tensor_map
+from cupaged.cuda.launch import launch_dependent
 from cupaged.errors import InvalidArgument, OutOfMemory
 
 Array = Any  # cupy.ndarray
@@ -106,7 +107,7 @@ def run(
         arguments = launch.arguments if launch.map is None else (*launch.arguments, *map(launch.map, pools))
         for work in launch.passes:
             struct.pack_into("=3Q", launch.buffer, _WORK_OFFSET, *work)
-            launch.function(launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
+            launch_dependent(launch.function, launch.grid, launch.block, arguments, shared_mem=launch.shared_bytes)
     return (out, lse) if return_lse else out
 
 

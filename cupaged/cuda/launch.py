@@ -32,7 +32,7 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
 _DEPENDENT = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
+def launch_dependent(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
     """Queue a kernel of `jit.kernel` on the current stream, called like that; a dependent launch where the device knows those.
 
     It may then begin while the kernel before it still runs, once all CTAs of that one have said so or ended (programmatic

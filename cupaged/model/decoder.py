@@ -23,7 +23,7 @@ def variants(config: ModelConfig, dtype: str, kv_dtype: str) -> list[jit.Variant
     if not chain.takes(config):
         return []
     step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
-    return [*chain.variants(dtype), (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
+    return [*chain.variants(dtype, kv_dtype), (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
 
 
 class Decoder:
@@ -106,7 +106,7 @@ class _Graph:
             )
             for window in set(config.sliding_windows)
         }
-        self.chain = chain.Chain(size, dtype, self._planners, max_products=4 * config.num_layers + 1)
+        self.chain = chain.Chain(size, dtype, k_pool.dtype.name, self._planners, max_products=4 * config.num_layers + 1)
         self._token_ids = cuda.upload(np.zeros(size, np.int32))
         self._staging = cuda.pinned((size,), "int32")
         rows = cuda.upload(np.zeros(size, np.int32))

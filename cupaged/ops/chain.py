@@ -12,7 +12,7 @@ from cupaged import attention
 from cupaged.attention.planner import DECODE_ROWS
 from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit, tensor_map
-from cupaged.cuda.launch import launch
+from cupaged.cuda.launch import launch_dependent
 from cupaged.ops import cuda
 
 Array = Any  # cupy.ndarray
@@ -26,7 +26,7 @@ MOST_ROWS = max(STAGES)
 _MOST_PRODUCTS = 4
 _DTYPES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _UNWRITTEN = 0xFFFFFFFF
-_STORE, _STORE_FLOAT, _SWIGLU, _ADD = range(4)
+_STORE, _STORE_FLOAT, _SWIGLU, _ADD, _QKV = range(5)
 
 PRODUCT = np.dtype(
     [(name, tensor_map.DTYPE) for name in ("weights", "x")]
@@ -34,21 +34,26 @@ PRODUCT = np.dtype(
     + [(name, "<i4") for name in ("num_rows", "inner", "x_tiles", "finish")]
     + [("eps", "<f4"), ("reserved", "<u4", 13)]
 )
+_OF_APPEND = ["rope_table", "k_pool", "v_pool", "kv_scales", "seq_lens", "page_indptr", "page_indices"]
+_SIZES_OF_APPEND = ["num_heads", "num_kv_heads", "head_dim", "num_blocks", "block_shift"]
 CHAIN = np.dtype(
     [("products", PRODUCT, _MOST_PRODUCTS)]
-    + [(name, "<u8") for name in ("parts", "flag")]
-    + [("num_products", "<i4"), ("num_tokens", "<i4"), ("reserved", "<u4", 10)]
+    + [(name, "<u8") for name in ("parts", "flag", *_OF_APPEND)]
+    + [(name, "<i4") for name in (*_SIZES_OF_APPEND, "padding", "num_products", "num_tokens")]
+    + [("reserved", "<u4", 6)]
 )
 
 
-def variants(dtype: str) -> list[tuple[str, str, dict[str, int]]]:
-    """(source, kernel, defines) of every kernel that a `Chain` can ask for."""
-    return [(START_SOURCE, START_NAME, _DTYPES[dtype]), *((SOURCE, NAME, _defines(dtype, rows)) for rows in STAGES)]
+def variants(dtype: str, kv_dtype: str) -> list[tuple[str, str, dict[str, int]]]:
+    """(source, kernel, defines) of every kernel that a `Chain` can ask for, where pools hold arrays of kv_dtype."""
+    streams = [(SOURCE, NAME, _defines(dtype, kv_dtype, rows)) for rows in STAGES]
+    return [(START_SOURCE, START_NAME, _DTYPES[dtype]), *streams]
 
 
-def _defines(dtype: str, rows: int) -> dict[str, int]:
+def _defines(dtype: str, kv_dtype: str, rows: int) -> dict[str, int]:
     stages, x_stages = STAGES[rows]
-    return {**_DTYPES[dtype], "TOKENS": rows, "STAGES": stages, "X_STAGES": x_stages}
+    codes = {"KV_FP8": 1} if kv_dtype == "uint8" else {}
+    return {**_DTYPES[dtype], "TOKENS": rows, "STAGES": stages, "X_STAGES": x_stages, **codes}
 
 
 def shared_bytes(rows: int) -> int:
@@ -80,21 +85,28 @@ class Chain:
     Every array it makes is kept and used again by the next step, so that a graph may capture what it launches, once a step has
     run outside of the capture. What it is given (weights, gains, ids) must stay where it is.
 
-    dtype                 of weights and activations
+    dtype, kv_dtype       of weights and activations; of the pools' arrays
     planners              by sliding window: what plans the attention, made for num_tokens sequences
     max_products          that a step has
     """
 
     def __init__(
-        self, num_tokens: int, dtype: str, planners: dict[int | None, attention.DevicePlanner], max_products: int
+        self,
+        num_tokens: int,
+        dtype: str,
+        kv_dtype: str,
+        planners: dict[int | None, attention.DevicePlanner],
+        max_products: int,
     ) -> None:
-        self.num_tokens, self.rows, self.dtype, self.planners = num_tokens, rows_for(num_tokens), dtype, planners
+        self.num_tokens, self.rows, self.planners = num_tokens, rows_for(num_tokens), planners
+        self.dtype, self.kv_dtype = dtype, kv_dtype
         self._arrays: dict[str, Array] = {}
         self._done = self._array("done", (max_products,), "uint32")
         self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
         self._num_ctas = _num_ctas()
         self._parts = cuda.upload(np.full(self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
         self._recorded: list[dict] = []
+        self._append: dict = {}  # what of a step the products that append to the pool must know
         self._num_products = 0
         self._start: dict | None = None  # an embedding that does not know its gain yet
 
@@ -148,11 +160,20 @@ class Chain:
         qk_gains: tuple[Array, Array] | None = None,
         eps: float = 0.0,
     ) -> Array:
-        self.flush()
         out = self._rows("q", (num_heads, qkv.shape[-1]), self.dtype)
         planner = next(iter(self.planners.values()))
         batch = (planner.q_indptr, planner.seq_lens, planner.page_indptr, planner.page_indices)
-        cuda.launch_rope_append(qkv, rope_table, k_pool, v_pool, kv_scales, batch, num_heads, qk_gains, eps, out)
+        num_kv_heads, num_blocks, block_size, head_dim = k_pool.shape
+        if qk_gains is not None or k_pool.dtype == np.int8:  # what must know all of a head first
+            self.flush()
+            cuda.launch_rope_append(qkv, rope_table, k_pool, v_pool, kv_scales, batch, num_heads, qk_gains, eps, out)
+            return out
+        arrays = (rope_table, k_pool, v_pool, kv_scales, *batch[1:])
+        sizes = (num_heads, num_kv_heads, head_dim, num_blocks, block_size.bit_length() - 1)
+        self._append = {name: 0 if a is None else a.data.ptr for name, a in zip(_OF_APPEND, arrays, strict=True)}
+        self._append |= dict(zip(_SIZES_OF_APPEND, sizes, strict=True))
+        self._recorded[-1] |= {"finish": _QKV, "out": out.data.ptr}
+        self.flush()
         return out
 
     def paged_attention(
@@ -176,11 +197,13 @@ class Chain:
             for name, value in values.items():
                 product[name] = value
         chain["parts"], chain["flag"] = self._parts.data.ptr, self.flag.ctypes.data
+        for name, value in self._append.items():
+            chain[name] = value
         chain["num_products"], chain["num_tokens"] = len(self._recorded), self.num_tokens
         size = shared_bytes(self.rows)
-        kernel = jit.kernel(SOURCE, NAME, **_defines(self.dtype, self.rows))
+        kernel = jit.kernel(SOURCE, NAME, **_defines(self.dtype, self.kv_dtype, self.rows))
         kernel.max_dynamic_shared_size_bytes = size
-        launch(kernel, (self._num_ctas,), (THREADS,), (chain,), shared_mem=size)
+        launch_dependent(kernel, (self._num_ctas,), (THREADS,), (chain,), shared_mem=size)
         self._recorded = []
 
     # ---- what they record

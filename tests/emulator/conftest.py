@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cupaged import attention
-from cupaged.cuda import jit
+from cupaged.cuda import jit, launch
 from cupaged.ops import cuda
 
 from . import emulator
@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.parent == Path(__file__).parent:
                 item.add_marker(pytest.mark.skip(reason="no C++ compiler (g++ or c++) to build the kernels with"))
+
+
+@pytest.fixture(autouse=True)
+def plain_launches(monkeypatch):
+    """A kernel begins when the one before has ended."""
+    monkeypatch.setattr(launch, "_knows_dependent_launches", lambda device: False)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ BLOCKS, BLOCK_SIZE = 24, 16
 def decoding(ops, monkeypatch, tmp_path):
     """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
     monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
-    monkeypatch.setattr(chain, "launch", lambda kernel, *args, **keywords: kernel(*args, **keywords))
     monkeypatch.setattr(chain, "_num_ctas", lambda: 3)
 
     def make(name, kv_dtype="bfloat16"):

@@ -35,12 +35,11 @@ def make(monkeypatch):
     monkeypatch.setattr(jit, "import_cupy", lambda: memory)
     monkeypatch.setattr(cuda, "cupy", memory)
     monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
-    monkeypatch.setattr(chain, "launch", lambda kernel, *args, **keywords: kernel(*args, **keywords))
 
     def make(num_tokens, dtype, num_ctas, max_products, **defines):
         defines_of_all.update(defines)
         monkeypatch.setattr(chain, "_num_ctas", lambda: num_ctas)
-        return chain.Chain(num_tokens, dtype, {}, max_products)
+        return chain.Chain(num_tokens, dtype, dtype, {}, max_products)
 
     make.memory = memory
     return make
