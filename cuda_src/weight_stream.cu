@@ -12,8 +12,9 @@
 //                    x ------- tensor copies -----> | x | x | x | ... | -----+
 //   warp 6           waits for the same, then 1 / rms of each token ---------+
 //
-//   a tile's end     the CTA that has its beginning finishes it. It comes to it last of all, as do those that have the middle; it
-//                    waits for their sums, which lie where UNWRITTEN lay, adds them in their order, and puts UNWRITTEN back.
+//   a tile's end     of the CTAs that have a part of a tile all but the one with its last part end with it; they finish it together,
+//                    a group of 8 tokens each in turn. Each leaves for the others what is theirs, where UNWRITTEN lay; waits for
+//                    what they leave, adds all in the order of the parts, and puts UNWRITTEN back.
 //
 // A product waits for the one before it by a count of finished tiles, which whoever starts the step has set to zero; all CTAs are
 // resident, one an SM. The cut is the same for any number of tokens: a token's result does not depend on the others. A wait that
@@ -58,7 +59,7 @@ struct Product {
   scalar* normed;         // ADD: [tokens, num_rows], the residual times the gain
   float* squares;         // ADD: [tiles, TOKENS], of the residual, summed over the tile's rows
   const float* x_squares;  // [x_tiles, TOKENS] of what x was made from; null: x is taken as it is
-  unsigned* done;         // tiles finished
+  unsigned* done;         // groups of tokens finished, of all tiles
   int num_rows, inner, x_tiles, finish;
   float eps;
 };
@@ -76,7 +77,7 @@ struct Append {
 constexpr int MOST_PRODUCTS = 4;
 struct Chain {
   Product products[MOST_PRODUCTS];
-  uint4* parts;    // [gridDim.x, TILE * TOKENS / 4], UNWRITTEN before and after
+  uint4* parts;    // [2 * gridDim.x, TILE * TOKENS / 4], UNWRITTEN before and after
   unsigned* flag;  // of the host: 1 after a wait has lasted too long
   Append append;
   int num_products, num_tokens;
@@ -165,9 +166,9 @@ __device__ __forceinline__ void wait_while(Wanting wanting, unsigned* flag) {
   }
 }
 
-// Until all tiles of a product are finished.
+// Until all groups of tokens of all tiles of a product are finished.
 __device__ __forceinline__ void wait_for(const Product& product, unsigned* flag) {
-  const unsigned wanted = Cut::num_tiles(product);
+  const unsigned wanted = Cut::num_tiles(product) * GROUPS;
   wait_while([&] { return load_acquire_gpu(product.done) != wanted; }, flag);
 }
 
@@ -230,6 +231,14 @@ __device__ __forceinline__ void produce_factors(const Chain& chain, Shared& shar
   }
 }
 
+// What of a tile a CTA finishes: the groups of tokens whose turn it is.
+struct Share {
+  int number, of;
+
+  __device__ __forceinline__ bool has(int group) const { return group % of == number; }
+  __device__ __forceinline__ int size() const { return (GROUPS - number + of - 1) / of; }
+};
+
 // What is added to 8 rows of the product.
 struct Bias {
   vec<scalar, 8> at;
@@ -242,6 +251,15 @@ struct Bias {
 #pragma unroll
     for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factor + (any ? to_float(at.at[i]) : 0.0f);
   }
+};
+
+// What is to be finished.
+struct Finishing {
+  const Product& product;
+  int tile;
+  Share share;
+  const float* factors;
+  int num_tokens;
 };
 
 // A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[m][j][2 * h + i] is row 16 m + 8 h + g of the warp's and token
@@ -275,60 +293,81 @@ struct Sums {
     }
   }
 
-  // A thread finds what the same thread of another CTA has left.
-  __device__ static __forceinline__ uint4* piece(const Chain& chain, int cta, int m, int j) {
-    return chain.parts + ((cta * 2 + m) * GROUPS + j) * (32 * CONSUMER_WARPS) + threadIdx.x;
+  // A thread finds what the same thread of another CTA has left. A CTA leaves up to two parts of a product: a last one of a tile,
+  // then another.
+  __device__ static __forceinline__ uint4* piece(const Chain& chain, int cta, bool is_last, int m, int j) {
+    return chain.parts + (((2 * cta + is_last) * 2 + m) * GROUPS + j) * (32 * CONSUMER_WARPS) + threadIdx.x;
   }
-  __device__ __forceinline__ void store(const Chain& chain) const {
+  // Leaves to the others what is not of the share.
+  __device__ __forceinline__ void store(const Chain& chain, const Share& share, bool is_last) const {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
       for (int j = 0; j < GROUPS; j++) {
+        if (share.has(j)) continue;
         const float* from = sum[m][j];
         const uint4 bits = {__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]), __float_as_uint(from[3])};
-        store_relaxed_gpu(piece(chain, blockIdx.x, m, j), bits);
-      }
-    }
-  }
-  // Adds what the CTAs first to last have left or will leave, in this order.
-  __device__ __forceinline__ void add_parts(const Chain& chain, int first, int last) {
-    constexpr int AT_ONCE = GROUPS < 4 ? 8 : 16 / GROUPS;  // halves of a part whose loading is under way
-    uint4 half[AT_ONCE][GROUPS];
-    const auto load_half = [&](uint4(&into)[GROUPS], int number) {
-#pragma unroll
-      for (int j = 0; j < GROUPS; j++) into[j] = load_relaxed_gpu(piece(chain, min(first + number / 2, last), number % 2, j));
-    };
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) load_half(half[i], i);
-    for (int number = 0; number < 2 * (last - first + 1); number += AT_ONCE) {
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        if (first + (number + i) / 2 > last) break;
-        add_half(chain, first + (number + i) / 2, i % 2, half[i]);
-        load_half(half[i], number + i + AT_ONCE);
+        store_relaxed_gpu(piece(chain, blockIdx.x, is_last, m, j), bits);
       }
     }
   }
 
-  __device__ __forceinline__ void add_half(const Chain& chain, int cta, int m, uint4 (&half)[GROUPS]) {
+  // Makes of the share's sums those of all CTAs from first to last, added in this order.
+  __device__ __forceinline__ void gather(const Chain& chain, const Share& share, int first, int last) {
+    constexpr int AT_ONCE = GROUPS < 4 ? 8 / GROUPS : 2;  // CTAs whose sums are being loaded
+    const int me = blockIdx.x;
 #pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-      const auto unwritten = [&] {
-        const uint4& bits = half[j];
-        return bits.x == UNWRITTEN || bits.y == UNWRITTEN || bits.z == UNWRITTEN || bits.w == UNWRITTEN;
+    for (int m = 0; m < 2; m++) {
+      float all[GROUPS][4] = {};
+      uint4 part[AT_ONCE][GROUPS];
+      const auto fetch = [&](uint4(&into)[GROUPS], int cta) {
+#pragma unroll
+        for (int j = 0; j < GROUPS; j++) {
+          if (share.has(j) && cta <= last && cta != me) into[j] = load_relaxed_gpu(piece(chain, cta, cta == last, m, j));
+        }
       };
-      const auto look = [&] {
-        if (!unwritten()) return false;
-        half[j] = load_relaxed_gpu(piece(chain, cta, m, j));
-        return true;
-      };
-      wait_while(look, chain.flag);
-      store_for_others(piece(chain, cta, m, j), uint4{UNWRITTEN, UNWRITTEN, UNWRITTEN, UNWRITTEN});
-      sum[m][j][0] += __uint_as_float(half[j].x);
-      sum[m][j][1] += __uint_as_float(half[j].y);
-      sum[m][j][2] += __uint_as_float(half[j].z);
-      sum[m][j][3] += __uint_as_float(half[j].w);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) fetch(part[i], first + i);
+      for (int base = first; base <= last; base += AT_ONCE) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+          const int cta = base + i;
+          if (cta > last) break;
+#pragma unroll
+          for (int j = 0; j < GROUPS; j++) {
+            if (!share.has(j)) continue;
+            if (cta == me) {
+              for (int e = 0; e < 4; e++) all[j][e] += sum[m][j][e];
+            } else {
+              take(chain, part[i][j], piece(chain, cta, cta == last, m, j));
+              all[j][0] += __uint_as_float(part[i][j].x);
+              all[j][1] += __uint_as_float(part[i][j].y);
+              all[j][2] += __uint_as_float(part[i][j].z);
+              all[j][3] += __uint_as_float(part[i][j].w);
+            }
+          }
+          fetch(part[i], cta + AT_ONCE);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < GROUPS; j++) {
+        if (!share.has(j)) continue;
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[m][j][e] = all[j][e];
+      }
     }
+  }
+
+  // Loads again until all is there, and takes it away.
+  __device__ __forceinline__ void take(const Chain& chain, uint4& bits, uint4* source) {
+    const auto unwritten = [&] { return bits.x == UNWRITTEN || bits.y == UNWRITTEN || bits.z == UNWRITTEN || bits.w == UNWRITTEN; };
+    const auto look = [&] {
+      if (!unwritten()) return false;
+      bits = load_relaxed_gpu(source);
+      return true;
+    };
+    wait_while(look, chain.flag);
+    store_for_others(source, uint4{UNWRITTEN, UNWRITTEN, UNWRITTEN, UNWRITTEN});
   }
 
   // Leaves the sums of a group of tokens in the warp's room, where lanes find 8 rows of a token side by side.
@@ -342,20 +381,21 @@ struct Sums {
     }
   }
 
-  // f(j, first of 8 rows, token, the product's values[8]) for this lane's eighths of all that the warp has summed of a tile, j the
-  // group of tokens. All lanes come along; rows and tokens may be beyond the last.
+  // f(j, first of 8 rows, token, the product's values[8]) for this lane's eighths of all that the warp has summed of a share of a
+  // tile, j the group of tokens. All lanes come along; rows and tokens may be beyond the last.
   template <class F>
-  __device__ __forceinline__ void for_each_eight(const Product& product, Shared& shared, const float* factors, int tile, F f) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
-    const Bias bias(product, row);
+  __device__ __forceinline__ void for_each_eight(const Finishing& at, Shared& shared, F f) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = at.tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
+    const Bias bias(at.product, row);
 #pragma unroll
     for (int j = 0; j < GROUPS; j++) {
+      if (!at.share.has(j)) continue;
       __syncwarp();
       turn(shared, j);
       __syncwarp();
       const int token = 8 * j + lane / 4;
       vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
-      bias.add(values, factors[token]);
+      bias.add(values, at.factors[token]);
       f(j, row, token, values);
     }
   }
@@ -382,9 +422,10 @@ __device__ __forceinline__ void store_rounded(T* target, const float* values) {
 
 template <class T>
 __device__ __forceinline__ void finish_store(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
-  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, const vec<float, 8>& values) {
-    if (row >= product.num_rows || token >= num_tokens) return;
+    const Finishing& at, const Sums& sums, Shared& shared) {
+  const Product& product = at.product;
+  sums.for_each_eight(at, shared, [&](int, int row, int token, const vec<float, 8>& values) {
+    if (row >= product.num_rows || token >= at.num_tokens) return;
     T* target = place<T>(product.out, product.num_rows, row, token);
     if (product.num_rows % 8 == 0) {
       store_rounded<8>(target, values.at);
@@ -400,14 +441,15 @@ __device__ __forceinline__ void finish_store(
 // Of every 16 rows the first 8 are gates and the others what they let through: who has the gates gets the others from the next
 // lane.
 __device__ __forceinline__ void finish_swiglu(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
-  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, vec<float, 8> gate) {
+    const Finishing& at, const Sums& sums, Shared& shared) {
+  const Product& product = at.product;
+  sums.for_each_eight(at, shared, [&](int, int row, int token, vec<float, 8> gate) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const float up = __shfl_down_sync(0xffffffffu, gate.at[i], 1);
       gate.at[i] = gate.at[i] / (1.0f + expf(-gate.at[i])) * up;
     }
-    if (row % 16 || row >= product.num_rows || token >= num_tokens) return;
+    if (row % 16 || row >= product.num_rows || token >= at.num_tokens) return;
     store_rounded<8>(place<scalar>(product.out, product.num_rows / 2, row / 2, token), gate.at);
   });
 }
@@ -415,26 +457,28 @@ __device__ __forceinline__ void finish_swiglu(
 // Queries and keys turn by their token's position, element i of a head's lower half with element i of the upper: what another
 // warp has summed. Queries are stored, keys and values appended to their pages.
 __device__ __forceinline__ void finish_qkv(
-    const Product& product, const Append& append, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
+    const Finishing& at, const Append& append, const Sums& sums, Shared& shared) {
+  const Product& product = at.product;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = append.head_dim / 2;
-  const int row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8, head = row / append.head_dim, d = row % append.head_dim;
+  const int row = at.tile * TILE + warp * WARP_ROWS + lane % 4 * 8, head = row / append.head_dim, d = row % append.head_dim;
   const bool lower = d < half, value_head = head >= append.num_heads + append.num_kv_heads;
   const int other_row = lower ? row + half : row - half, other_warp = other_row % TILE / WARP_ROWS;
   const Bias bias(product, row), other_bias(product, other_row);
 #pragma unroll
   for (int j = 0; j < GROUPS; j++) {
+    if (!at.share.has(j)) continue;
     __syncwarp();
     named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
     sums.turn(shared, j);
     named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
     const int token = 8 * j + lane / 4;
-    const int position = token < num_tokens ? append.seq_lens[token] - 1 : -1;
+    const int position = token < at.num_tokens ? append.seq_lens[token] - 1 : -1;
     if (row >= product.num_rows || position < 0) continue;
     vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
-    bias.add(values, factors[token]);
+    bias.add(values, at.factors[token]);
     if (!value_head) {
       vec<float, 8> others = load<8>(&shared.turned[other_warp][lane / 4][lane % 4 * 8]);
-      other_bias.add(others, factors[token]);
+      other_bias.add(others, at.factors[token]);
       const float* angles = append.rope_table + static_cast<long long>(position) * append.head_dim + d % half;
       const vec<float, 8> cosine = load<8>(angles), sine = load<8>(angles + half);
 #pragma unroll
@@ -462,35 +506,24 @@ __device__ __forceinline__ void finish_qkv(
   }
 }
 
-// What of the residual a lane adds to, by group of tokens.
-struct Residual {
-  vec<scalar, 8> at[GROUPS];
-
-  __device__ __forceinline__ void fetch(const Product& product, int tile, int num_tokens) {
-    const int lane = threadIdx.x % 32, row = tile * TILE + threadIdx.x / 32 * WARP_ROWS + lane % 4 * 8;
-#pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-      const int token = 8 * j + lane / 4;
-      if (row >= product.num_rows || token >= num_tokens) continue;
-      at[j] = load_from_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.out, product.num_rows, row, token)));
-    }
-  }
-};
-
-__device__ __forceinline__ void finish_add(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens,
-    const Residual& residual) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  vec<scalar, 8> gain = {};
-  const int first_row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
+__device__ __forceinline__ void finish_add(const Finishing& at, const Sums& sums, Shared& shared) {
+  const Product& product = at.product;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = at.tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
+  vec<scalar, 8> gain = {}, residual[GROUPS] = {};
   if (first_row < product.num_rows) gain = load<8>(product.gain + first_row);
-  sums.for_each_eight(product, shared, factors, tile, [&](int j, int row, int token, const vec<float, 8>& values) {
+#pragma unroll
+  for (int j = 0; j < GROUPS; j++) {
+    const int token = 8 * j + lane / 4;
+    if (!at.share.has(j) || first_row >= product.num_rows || token >= at.num_tokens) continue;
+    residual[j] = load_from_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.out, product.num_rows, first_row, token)));
+  }
+  sums.for_each_eight(at, shared, [&](int j, int row, int token, const vec<float, 8>& values) {
     float squares = 0;
-    if (row < product.num_rows && token < num_tokens) {
+    if (row < product.num_rows && token < at.num_tokens) {
       vec<scalar, 8> sum, scaled;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        sum.at[i] = from_float<scalar>(to_float(residual.at[j].at[i]) + values.at[i]);
+        sum.at[i] = from_float<scalar>(to_float(residual[j].at[i]) + values.at[i]);
         const float value = to_float(sum.at[i]);
         scaled.at[i] = before_norm(value, gain.at[i]);
         squares = fmaf(value, value, squares);
@@ -503,37 +536,43 @@ __device__ __forceinline__ void finish_add(
     if (lane % 4 == 0) shared.squares[warp][token] = squares;
   });
   named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-  if (threadIdx.x < TOKENS) {
+  if (threadIdx.x < TOKENS && at.share.has(threadIdx.x / 8)) {
     float sum = 0;
     for (int w = 0; w < CONSUMER_WARPS; w++) sum += shared.squares[w][threadIdx.x];
-    store_for_others(product.squares + tile * TOKENS + threadIdx.x, sum);
+    store_for_others(product.squares + at.tile * TOKENS + threadIdx.x, sum);
   }
 }
 
-// A tile of which this CTA has the first `count` units, and others the rest.
-__device__ __forceinline__ void finish(
-    const Chain& chain, const Product& product, Sums& sums, Shared& shared, const float* factors, int tile, int count) {
-  Residual residual;
-  if (product.finish == ADD) residual.fetch(product, tile, chain.num_tokens);
-  const Cut cut(product);
-  if (count < cut.per_tile) {
-    const int last = cut.owner((tile + 1) * cut.per_tile - 1);
-    sums.add_parts(chain, blockIdx.x + 1, last);
+// The end of a part of a tile, from the tile's beginning or not and to its end or not.
+__device__ __forceinline__ void end_part(
+    const Chain& chain, const Product& product, const Cut& cut, Sums& sums, Shared& shared, const float* factors, int tile,
+    bool from_beginning, bool to_end) {
+  const int first = cut.owner(tile * cut.per_tile), last = cut.owner((tile + 1) * cut.per_tile - 1);
+  const Share nothing = {GROUPS, GROUPS + 1}, share = {static_cast<int>(blockIdx.x) - first, max(last - first, 1)};
+  if (to_end && !from_beginning) {
+    sums.store(chain, nothing, true);
+    return;
   }
+  if (first < last) {
+    sums.store(chain, share, false);
+    if (share.number >= GROUPS) return;
+    sums.gather(chain, share, first, last);
+  }
+  const Finishing at = {product, tile, share, factors, chain.num_tokens};
   if (product.finish == STORE) {
-    finish_store<scalar>(product, sums, shared, factors, tile, chain.num_tokens);
+    finish_store<scalar>(at, sums, shared);
   } else if (product.finish == STORE_FLOAT) {
-    finish_store<float>(product, sums, shared, factors, tile, chain.num_tokens);
+    finish_store<float>(at, sums, shared);
   } else if (product.finish == SWIGLU) {
-    finish_swiglu(product, sums, shared, factors, tile, chain.num_tokens);
+    finish_swiglu(at, sums, shared);
   } else if (product.finish == QKV) {
-    finish_qkv(product, chain.append, sums, shared, factors, tile, chain.num_tokens);
+    finish_qkv(at, chain.append, sums, shared);
   } else {
-    finish_add(product, sums, shared, factors, tile, chain.num_tokens, residual);
+    finish_add(at, sums, shared);
   }
   fence_proxy_async_global();
   named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-  if (threadIdx.x == 0) red_add_release_gpu(product.done, 1);
+  if (threadIdx.x == 0) red_add_release_gpu(product.done, share.size());
 }
 
 __device__ __forceinline__ void release(unsigned long long* empty) {
@@ -565,11 +604,7 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
       left--;
       if (k + 1 < cut.per_tile && left) return;
       wait_for_factors();
-      if (start == 0) {
-        finish(chain, product, sums, shared, shared.factors[p % 2], tile, k + 1);
-      } else {
-        sums.store(chain);
-      }
+      end_part(chain, product, cut, sums, shared, shared.factors[p % 2], tile, start == 0, k + 1 == cut.per_tile);
       sums = Sums();
       start = 0;
     });

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from cupaged.attention import SharedPrefix, grids_of_device, plan, plan_cascade, run, run_cascade
+from cupaged.bench.limits import gpu_read_limits, gpu_seconds
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 
@@ -147,31 +148,8 @@ class Bench:
         return self._median(lambda: graph.launch(self.stream)) / count
 
     def _median(self, action) -> float:
-        events = [self.cupy.cuda.Event() for _ in range(REPLAYS + 3)]
-        for event in events:
-            event.record(self.stream)
-            action()
-        self.stream.synchronize()
-        elapsed = self.cupy.cuda.get_elapsed_time
-        # the first replays warm up; each interval holds one whole replay
-        return statistics.median(elapsed(a, b) for a, b in itertools.pairwise(events[2:])) * 1e3
-
-    def read_limits(self) -> dict[str, float]:
-        """Bytes a second over 8 GiB, or what there is: plain 16-byte reads (the best of several grids) and bulk copies."""
-        size = min(2**33, self.cupy.cuda.runtime.memGetInfo()[0] // 3) // 2**20 * 2**20
-        data = self.random((size // 2,))
-        sink, sms = self.cupy.empty(1, "uint32"), self.attributes["MultiProcessorCount"]
-        plain, args = jit.kernel("limits.cu", "read_plain"), (data, np.int64(size // 16), sink)
-        limits = {
-            "plain": size * 1e6 / min(self._median(lambda n=n: plain((n * sms,), (256, 1, 1), args)) for n in (4, 8, 32)),
-        }
-        if int(self.cupy.cuda.Device().compute_capability) >= 90:
-            ring = jit.kernel("limits.cu", "read_ring")
-            shared = 5 * 4 * (8192 + 8)
-            ring.max_dynamic_shared_size_bytes = shared
-            args = (data, np.int64(size // 8192), sink)
-            limits["ring"] = size * 1e6 / self._median(lambda: ring((sms,), (160, 1, 1), args, shared_mem=shared))
-        return limits
+        with self.stream:
+            return gpu_seconds(action, REPLAYS) * 1e6
 
     def product_limit(self) -> float | None:
         """Floating-point operations a second of an 8192^3 product by cuBLAS; None where that is not installed."""
@@ -487,7 +465,7 @@ def main() -> int:
     bench = Bench()
     machine = bench.cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     with bench.stream:
-        limits, flop_per_s = bench.read_limits(), bench.product_limit()
+        limits, flop_per_s = gpu_read_limits(), bench.product_limit()
         bytes_per_s = max(limits.values())
         ways = ", ".join(f"{way} {value / 1e12:.2f}" for way, value in limits.items())
         print(f"{machine}: read limit {ways} TB/s, products {(flop_per_s or 0) / 1e12:.0f} TFLOP/s")
@@ -496,7 +474,7 @@ def main() -> int:
             bench.cupy.get_default_memory_pool().free_all_blocks()
             rows.append(finished(bench.measure(case), bytes_per_s, flop_per_s))
             print(line(rows[-1]), flush=True)
-        again = max(bench.read_limits().values())
+        again = max(gpu_read_limits().values())
     if again > bytes_per_s * 1.01:
         print(f"read limit once more: {again / 1e12:.2f} TB/s; the shares above are to the first")
     result = {

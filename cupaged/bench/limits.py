@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,10 +38,13 @@ def read_limit(device: str, model_bytes: int, threads: int | None = None) -> flo
 
     CPU: a matrix-vector product by BLAS and a search for the maximum, over 2 GiB and over as much as the model's weights.
     The second size matters where a shared L3 of hundreds of MB keeps a part of the weights from one token to the next: no
-    figure of decode may then be held to memory alone. GPU: a sum over 4 GiB, and a copy of them, whose bytes count twice.
+    figure of decode may then be held to memory alone. GPU: `gpu_read_limits`.
     """
     if device != "cpu":
-        return _gpu_read_limit(int(device.partition(":")[2] or 0))
+        from cupaged.ops import cuda
+
+        with cuda.device(int(device.partition(":")[2] or 0)):
+            return max(gpu_read_limits().values())
     import psutil
     from threadpoolctl import threadpool_limits
 
@@ -57,18 +62,41 @@ def read_limit(device: str, model_bytes: int, threads: int | None = None) -> flo
     return best
 
 
-def _gpu_read_limit(index: int) -> float:
-    import cupy
+def gpu_read_limits() -> dict[str, float]:
+    """Bytes a second that reads of the current GPU reach over 8 GiB, or a third of what is free, by the way of reading.
 
-    with cupy.cuda.Device(index):
-        x = cupy.ones(min(2**32, cupy.cuda.runtime.memGetInfo()[0] // 4) // 4, cupy.float32)
-        y = cupy.empty_like(x)
+    "plain": loads of 16 bytes, the best of several grids. "ring", from sm_90 on: bulk copies. The data is random.
+    """
+    from cupaged.cuda import jit
 
-        def copy() -> None:
-            cupy.copyto(y, x)
-            cupy.cuda.get_current_stream().synchronize()
+    cupy = jit.import_cupy()
+    size = min(2**33, cupy.cuda.runtime.memGetInfo()[0] // 3) // 2**20 * 2**20
+    data, sink = cupy.empty(size, "uint8"), cupy.empty(1, "uint32")
+    jit.kernel("limits.cu", "fill")((2048,), (256, 1, 1), (data, np.int64(size // 4), np.uint32(1), np.uint32(0)))
+    attributes = cupy.cuda.Device().attributes
+    sms = attributes["MultiProcessorCount"]
+    plain, args = jit.kernel("limits.cu", "read_plain"), (data, np.int64(size // 16), sink)
+    limits = {"plain": size / min(gpu_seconds(lambda n=n: plain((n * sms,), (256, 1, 1), args)) for n in (4, 8, 32))}
+    if int(cupy.cuda.Device().compute_capability) >= 90:
+        ring, shared = jit.kernel("limits.cu", "read_ring"), 5 * 4 * (8192 + 8)
+        ring.max_dynamic_shared_size_bytes = shared
+        ring_args = (data, np.int64(size // 8192), sink)
+        limits["ring"] = size / gpu_seconds(lambda: ring((sms,), (160, 1, 1), ring_args, shared_mem=shared))
+    return limits
 
-        return max(x.nbytes / _best_seconds(lambda: x.sum().get()), 2 * x.nbytes / _best_seconds(copy))
+
+def gpu_seconds(action: Callable[[], object], repeats: int = 9) -> float:
+    """Median time that the device takes for what an action queues on the current stream, by events."""
+    from cupaged.cuda import jit
+
+    cuda = jit.import_cupy().cuda
+    events = [cuda.Event() for _ in range(repeats + 3)]
+    for event in events:
+        event.record()
+        action()
+    cuda.get_current_stream().synchronize()
+    # the first repeats warm up; each interval holds one whole action
+    return statistics.median(cuda.get_elapsed_time(a, b) for a, b in itertools.pairwise(events[2:])) / 1e3
 
 
 def product_limit(llm: LLM, threads: int | None = None) -> float:

@@ -154,7 +154,7 @@ def test_a_product_that_never_ends(make, monkeypatch):
     weights = Weights(rng, 128, 64, 64, 64, "bfloat16", make.memory.asarray)
     ops = make(3, "bfloat16", 3, max_products=9, PATIENCE=100000)
     ids = make.memory.asarray(rng.integers(0, 64, 3).astype(np.int32))
-    count = "red_add_release_gpu(product.done, 1)"
+    count = "red_add_release_gpu(product.done, share.size())"
     text = jit.read_source(chain.SOURCE)
     assert text.count(count) == 1
     with monkeypatch.context() as patch:
@@ -187,10 +187,10 @@ MUTATIONS = {
         "",
     ),
     "parts are not waited for": ("if (!unwritten()) return false;", "return false;"),
-    "parts are not taken away": ("store_for_others(piece(chain, cta, m, j), uint4{", "(void)(uint4{"),
+    "parts are not taken away": ("store_for_others(source, uint4{", "(void)(uint4{"),
     "tiles are counted before they are written": (
-        "red_add_release_gpu(product.done, 1)",
-        "atom_add_relaxed_gpu(product.done, 1)",
+        "red_add_release_gpu(product.done, share.size())",
+        "atom_add_relaxed_gpu(product.done, share.size())",
     ),
     "a warp is counted before it has written": (
         "  fence_proxy_async_global();\n  named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);\n",
