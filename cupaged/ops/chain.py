@@ -104,7 +104,7 @@ class Chain:
         self._done = self._array("done", (max_products,), "uint32")
         self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
         self._num_ctas = _num_ctas()
-        self._parts = cuda.upload(np.full(2 * self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
+        self._parts = cuda.upload(np.full(self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
         self._recorded: list[dict] = []
         self._append: dict = {}  # what of a step the products that append to the pool must know
         self._num_products = 0
