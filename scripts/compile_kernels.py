@@ -14,6 +14,7 @@ import time
 from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
+from cupaged.ops import chain
 from cupaged.ops import cuda as ops
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -23,6 +24,10 @@ BF16, F16 = {"DTYPE_BF16": 1}, {"DTYPE_F16": 1}
 def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **flags: int) -> tuple[str, dict[str, int]]:
     return persistent.SOURCE, {**dtype, "HEAD_DIM": head_dim, **flags, "STAGES": stages}
 
+
+STREAMS = [
+    (source, defines) for source, _, defines in (*chain.variants("float16", "uint8"), *chain.variants("bfloat16", "bfloat16"))
+]
 
 # The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
@@ -44,6 +49,7 @@ NAMED = [
     *((("rope_append.cu", {**F16, "KV_FP8": 1}), arch) for arch in ("86", "89", "100")),
     *((("rope_append.cu", {**BF16, **kv, "QK_NORM": 1}), "90a") for kv in ({}, {"KV_INT8": 1}, {"KV_FP8": 1})),
     (("embedding.cu", {}), "86"),
+    *((stream, "90a") for stream in STREAMS),
 ]
 
 
@@ -71,7 +77,7 @@ def shared_bytes(name: str, defines: dict[str, int]) -> int:
     if name == persistent.NAME:
         kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
         return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
-    return ops.shared_bytes(name)
+    return chain.shared_bytes(defines["TOKENS"]) if name == chain.NAME else ops.shared_bytes(name)
 
 
 def key(source: str, defines: dict[str, int]) -> tuple:
@@ -83,6 +89,9 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every variant for every architecture")
     every = parser.parse_args().all
     variants = {key(source, defines): ARCHITECTURES for source, _, defines in ops.variants() + persistent.variants()}
+    for dtype in ops.DTYPES:
+        streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype)]
+        variants |= {key(source, defines): ("90a",) for source, _, defines in streams}
     variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}
     matrix = [((source, dict(defines)), arch) for (source, defines), archs in sorted(variants.items()) for arch in archs]
     pairs = matrix if every else NAMED

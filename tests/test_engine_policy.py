@@ -89,7 +89,7 @@ def test_a_sequence_that_does_not_fit_is_not_admitted_and_changes_nothing():
     compute(blocks, sequence(range(9)))
     seq = sequence([*range(8), *range(100, 106)])  # two blocks are there, two more are needed
     assert not blocks.admit(seq)
-    assert seq.page_table == []
+    assert not seq.page_table
     assert blocks.num_used == 3
 
 
@@ -111,7 +111,7 @@ def test_growing_beyond_the_pool_changes_nothing():
     blocks = BlockManager(4, 4)
     seq = sequence(range(20))
     assert not blocks.grow(seq, 20)
-    assert seq.page_table == []
+    assert not seq.page_table
     blocks.validate([seq])
 
 

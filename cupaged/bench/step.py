@@ -37,13 +37,15 @@ def decode_step(llm: LLM, token_ids: list[int], tokens: int) -> tuple[float, dic
     run as always, so that both see the same lengths and the same machine. The step is the median of the latter. A kind is the
     median, over the former, of the sum of its calls; OUTSIDE is what they leave of the step: Python between the calls,
     scheduling, text. What the timing itself takes lies between the calls, on a GPU in part within them. Where that or noise
-    makes the kinds more than the step, they are scaled down to it and OUTSIDE is 0.
+    makes the kinds more than the step, they are scaled down to it and OUTSIDE is 0. The graphs of a Decoder cannot be taken
+    apart: it is left out of all these steps.
     """
     from cupaged import SamplingParams
 
     model = llm.engine.model
-    ops, steps, timed = model.ops, [], []
+    ops, decoder, steps, timed = model.ops, model.decoder, [], []
     request = llm.add({"prompt_token_ids": token_ids}, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+    model.decoder = None
     try:
         while not request.finished:
             decodes = request.metrics.num_generated_tokens > 0
@@ -56,7 +58,7 @@ def decode_step(llm: LLM, token_ids: list[int], tokens: int) -> tuple[float, dic
             elif decodes:
                 steps.append(1e3 * (time.perf_counter() - start))
     finally:
-        model.ops = ops
+        model.ops, model.decoder = ops, decoder
     if request.error is not None:
         raise CupagedError(request.error)
     step = statistics.median(steps)

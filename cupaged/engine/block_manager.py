@@ -131,7 +131,7 @@ class BlockManager:
         seq.num_writable = 0
         for block in seq.page_table:
             self._owners[block] += 1
-        lists = {name: list(getattr(seq, name)) for name in ("token_ids", "page_table", "hashes")}
+        lists = {name: getattr(seq, name)[:] for name in ("token_ids", "page_table", "hashes")}
         return replace(seq, **lists, draft=[])
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
@@ -161,7 +161,7 @@ class BlockManager:
         # Last block first: a prefix is worth more the nearer it is to its beginning.
         for block in reversed(seq.page_table):
             self._disown(block)
-        seq.page_table.clear()
+        del seq.page_table[:]
         seq.num_computed = seq.num_published = seq.num_writable = 0
 
     def reconcile(self, sequences: Iterable[Sequence]) -> None:

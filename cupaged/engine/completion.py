@@ -35,6 +35,7 @@ class Completion:
         self.detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
         penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self.seen = SeenTokens(self.request.prompt_token_ids) if penalised else None
+        self._changes = penalised or bool(params.logit_bias or params.logits_processors)
 
     def sampling_row(self, draft: Sequence[int], sibling: CompletionOutput | None = None) -> SamplingRow:
         """What the next token is drawn under, those of `draft` being taken for granted; or a sibling's first token."""
@@ -44,6 +45,12 @@ class Completion:
         if len(output.token_ids) + len(draft) < params.min_tokens:
             bias = {**bias, **dict.fromkeys((*self.eos_token_ids, *params.stop_token_ids), -np.inf)}
         return SamplingRow(params, self.seed, output.index, self.seq.num_tokens + len(draft), seen, bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether from now on tokens are drawn from the logits as they are, and nothing but tokens is asked for."""
+        params = self.params
+        return not self._changes and params.logprobs is None and len(self.output.token_ids) >= params.min_tokens
 
     def process(self, logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
         """What the request's logits processors make of a row of logits; theirs is what is raised, or ValueError.

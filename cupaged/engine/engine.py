@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from cupaged.checkpoint.tokenizer import Tokenizer
+from cupaged.engine.ahead import Ahead
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.completion import Completion
 from cupaged.engine.drawing import Work, draw
@@ -63,6 +65,7 @@ class Engine:
         self.eos_token_ids, self.max_model_len = eos_token_ids, max_model_len
         self.blocks = BlockManager(pool.num_blocks, pool.block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
+        self._ahead = Ahead(model, self.blocks)
         self._proposer, self._max_draft = proposer, max_draft
         self._completions: dict[Sequence, Completion] = {}
         self._of_request: dict[int, list[Completion]] = {}  # by id(RequestOutput): those that have not ended
@@ -206,6 +209,7 @@ class Engine:
 
     def compute(self, scheduled: list[tuple[Sequence, int]], rows: _Rows) -> np.ndarray:
         """Compute so many tokens of each sequence, whose blocks are allocated -> the float32 logits [R, vocab] of positions."""
+        self._ahead.drop()
         self._copy_blocks()
         logits = self._forward(scheduled, rows)
         for seq, count in scheduled:
@@ -280,7 +284,7 @@ class Engine:
     def _forward(self, scheduled: list[tuple[Sequence, int]], rows: _Rows) -> np.ndarray:
         """The float32 logits [R, vocab] of `rows`, all of them among the tokens computed."""
         tokens: list[int] = []
-        pages: list[int] = []
+        tables: list[array[int]] = []
         q_indptr, seq_lens, page_indptr = [0], [], [0]
         row_of_position_0: dict[Sequence, int] = {}
         # Those with the same first block side by side: attention may read the prefix that they share once for all.
@@ -289,21 +293,32 @@ class Engine:
             row_of_position_0[seq] = len(tokens) - seq.num_computed
             tokens += seq.token_ids[seq.num_computed : stop]
             tokens += seq.draft[: max(0, stop - seq.num_tokens)]
-            pages += seq.page_table[: -(-stop // self.pool.block_size)]
+            tables.append(seq.page_table[: -(-stop // self.pool.block_size)])
             q_indptr.append(len(tokens))
             seq_lens.append(stop)
-            page_indptr.append(len(pages))
+            page_indptr.append(page_indptr[-1] + len(tables[-1]))
         wanted = [row_of_position_0[seq] + position for seq, positions in rows for position in positions]
-        batch = Batch(*(np.array(ids, np.int32) for ids in (tokens, wanted, q_indptr, seq_lens, page_indptr, pages)))
+        arrays = [np.array(ids, np.int32) for ids in (tokens, wanted, q_indptr, seq_lens, page_indptr)]
+        batch = Batch(*arrays, np.frombuffer(b"".join(tables), np.int32))
         return self.model.forward(batch, self.pool.k, self.pool.v, self.pool.scales)
 
     def _advance(self, work: list[Work]) -> None:
-        """Compute, draw tokens, and hand them out."""
-        wanted = [(item.completion.seq, item.draws) for item in work] + [(item.completion.seq, item.prompt) for item in work]
-        logits = self._forward([(item.completion.seq, item.count) for item in work], wanted)
-        tokens, scores = draw(self.model.ops, logits, work)
-        self.model.check()
-        self._hand_out(work, tokens, scores)
+        """Compute, draw tokens, and hand them out: plain decodes on a Decoder as `Ahead` says, the rest by `draw`."""
+        step, decodes, rest = self._ahead.take(work)
+        if step is None and (step := self._ahead.begin(work)) is not None:
+            decodes, rest = work, []
+        if rest:
+            wanted = [(item.completion.seq, item.draws) for item in rest]
+            wanted += [(item.completion.seq, item.prompt) for item in rest]
+            logits = self._forward([(item.completion.seq, item.count) for item in rest], wanted)
+            drawn = draw(self.model.ops, logits, rest)
+        elif self._proposer is None:  # else the next step is likely to have drafts
+            self._ahead.go_on(step)
+        tokens = [] if step is None else step.tokens()
+        self.model.check()  # the device is done with this step, and nothing has been handed out
+        self._hand_out(decodes, tokens, {})
+        if rest:
+            self._hand_out(rest, *drawn)
 
     def _hand_out(self, work: list[Work], tokens: list[int], scores: dict[int, Score]) -> None:
         """Move every completion on by what was computed and drawn for it."""
@@ -417,13 +432,14 @@ class Engine:
 
         The one that was just being given some may have been left between two tokens: its request ends.
         """
+        self._ahead.drop()
         self.scheduler.recover(self.others)
         known = set(self.scheduler.waiting)
         for seq in known.difference(self._completions):
             self.scheduler.remove(seq)
         broken = [self._completions[seq] for seq in self._completions if seq not in known]  # on their way out
         for completion in broken:
-            completion.seq.page_table.clear()  # they are nobody's by now
+            del completion.seq.page_table[:]  # they are nobody's by now
         if self._taking is not None:
             broken.append(self._taking)
             self._taking = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 
@@ -21,7 +22,7 @@ class Sequence:
     max_chunk: int | None = None  # tokens that may be computed in one step; None: as many as the step has room for
     use_cache: bool = True  # whether blocks of an equal prefix may be taken over
     arrival: int = -1  # the scheduler's count of sequences when this one came: orders those of equal priority
-    page_table: list[int] = field(default_factory=list)
+    page_table: array[int] = field(default_factory=lambda: array("i"))  # int32, to be copied to the device as it is
     num_computed: int = 0
     draft: list[int] = field(default_factory=list)  # guesses of the tokens after token_ids, to be verified in the next step
     num_writable: int = 0  # from num_computed up to here there is room, in blocks that no other sequence has

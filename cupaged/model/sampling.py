@@ -165,6 +165,21 @@ class SamplingRow:
     bias: Mapping[int, float]  # distinct tokens -> what is added to their logits
 
 
+DRAWS = np.dtype(  # what `ops.sample` takes for each row, in its order
+    [
+        *(("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)),
+        *(("seed", np.uint64), ("candidate", np.int32), ("position", np.int32)),
+    ]
+)
+
+
+def draws(rows: list[SamplingRow]) -> np.ndarray:
+    """DRAWS [R] of the rows: all that their tokens depend on, but logits, penalties and bias."""
+    params = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in (row.params for row in rows)]
+    values = [(*of_row, row.seed, row.candidate, row.position) for of_row, row in zip(params, rows, strict=True)]
+    return np.array(values, DRAWS)
+
+
 def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list[int]:
     """One token id per row of `logits`, a float32 [R, vocab] device array that is overwritten."""
 
@@ -189,16 +204,8 @@ def sample(ops: ModuleType, logits: np.ndarray, rows: list[SamplingRow]) -> list
             column([token for row in rows for token in row.bias], np.int32),
             column([value for row in rows for value in row.bias.values()], np.float32),
         )
-    tokens = ops.sample(
-        logits,
-        column([p.temperature for p in params], np.float32),
-        column([p.top_k for p in params], np.int32),
-        column([p.top_p for p in params], np.float32),
-        column([p.min_p for p in params], np.float32),
-        column([row.seed for row in rows], np.uint64),
-        column([row.candidate for row in rows], np.int32),
-        column([row.position for row in rows], np.int32),
-    )
+    under = draws(rows)
+    tokens = ops.sample(logits, *(ops.upload(np.ascontiguousarray(under[name])) for name in DRAWS.names))
     return ops.download(tokens).tolist()
 
 

@@ -488,13 +488,20 @@ def sample(
     position: Array,
 ) -> Array:
     """One token id per row of float32 logits [B, vocab] -> int32 [B], as `ops.numpy` says."""
-    num_rows, vocab = logits.shape
-    out = empty((num_rows,), "int32")
+    out = empty((logits.shape[0],), "int32")
     dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint64, np.int32, np.int32)
     columns = (temperature, top_k, top_p, min_p, seed, candidate, position)
-    args = [_device_array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
-    _launch("sample", (num_rows,), _threads(-(-vocab // 4), 1024), (logits, *args, out, np.int32(vocab)))
+    launch_sample(logits, [_device_array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)], out)
     return out
+
+
+def launch_sample(logits: Array, columns: Sequence[Array], out: Array) -> None:
+    """`sample` into `out`: a launch and nothing else, so that it can be captured in a graph.
+
+    columns: what `sample` takes after the logits, on the device. A token is one of the vocabulary, whatever the logits.
+    """
+    num_rows, vocab = logits.shape
+    _launch("sample", (num_rows,), _threads(-(-vocab // 4), 1024), (logits, *columns, out, np.int32(vocab)))
 
 
 def largest(logits: Array, count: int) -> Array:

@@ -65,7 +65,7 @@ class GuardedMemory:
 
     def __init__(self) -> None:
         runtime = SimpleNamespace(getDevice=lambda: 0, memcpy2DAsync=_memcpy_2d, memcpyDeviceToDevice=3)
-        runtime.memcpyAsync, runtime.memcpyHostToDevice = _memcpy, 1
+        runtime.memcpyAsync, runtime.memcpyHostToDevice, runtime.memcpyDefault = _memcpy, 1, 4
         self.cuda = SimpleNamespace(
             alloc_pinned_memory=bytearray,
             Device=lambda index: contextlib.nullcontext(),

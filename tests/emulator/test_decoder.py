@@ -5,13 +5,18 @@ import pytest
 import tiny_models
 from op_cases import SEED
 
+from cupaged import SamplingParams
 from cupaged.checkpoint.config import load_config
+from cupaged.checkpoint.tokenizer import Tokenizer
 from cupaged.checkpoint.weights import open_weights
 from cupaged.cuda import tensor_map
+from cupaged.engine.ahead import Ahead
+from cupaged.engine.engine import Engine
 from cupaged.engine.kv_pool import KVPool
 from cupaged.errors import DeviceError
 from cupaged.model.decoder import Decoder
 from cupaged.model.llama import Batch, Llama
+from cupaged.model.sampling import DRAWS
 from cupaged.ops import chain
 from cupaged.ops import numpy as reference_ops
 
@@ -92,6 +97,57 @@ def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
     assert set(model.decoder._graphs) == {1, 4, 8}
 
 
+def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops):
+    """Steps queued one behind the other, their tokens asked for a step later; each draw is that from the logits of its step."""
+    (model, _), (pool, _) = decoding("llama-gqa")
+    decoder, rng = model.decoder, np.random.default_rng([SEED, 62])
+    vocab = model.config.vocab_size
+    pages = rng.permutation(np.arange(1, BLOCKS))[:21].reshape(7, 3)
+    lengths = np.int32([30, 1, 17, 8, 16, 3, 15])
+    prefill = batch(list(enumerate(lengths)), [rng.integers(0, vocab, length) for length in lengths], pages, np.arange(7))
+    model.forward(prefill, pool.k, pool.v)
+    under = np.zeros(7, DRAWS)
+    under["temperature"] = [0, 1, 0.5, 0, 1, 2, 1]
+    under["top_k"], under["top_p"] = [0, 0, 7, 3, 0, 0, 50], [1, 0.9, 1, 1, 0.5, 1, 1]
+    under["min_p"] = [0, 0, 0, 0, 0.1, 0.01, 0]
+    under["seed"], under["candidate"] = rng.integers(0, 2**64, 7, np.uint64), rng.integers(0, 9, 7)
+    tokens = dict(enumerate(rng.integers(0, vocab, 7).tolist()))
+    waiting = running = None
+    # In one graph, to fewer in the same, to a smaller one, on in that, and a new beginning.
+    for following, from_host in (
+        *(([0, 1, 2, 3, 4, 5, 6], True), ([0, 1, 2, 3, 4, 5, 6], False), ([0, 2, 3, 5, 6], False)),
+        *(([0, 2, 6], False), ([0, 2, 6], False), ([4, 1, 3], True), ([1, 3], False)),
+    ):
+        rows = None if from_host else [running.index(number) for number in following]
+        running = following
+        lengths[running] += 1
+        under["position"] = lengths
+        known = [[tokens[number]] if from_host else [-1] for number in running]
+        step = batch([(number, lengths[number]) for number in running], known, pages, np.arange(len(running)))
+        drawn = decoder.queue(step, under[running], rows)
+        if waiting is not None:
+            tokens |= dict(zip(waiting[0], waiting[1].tokens(), strict=True))
+        size = next(size for size in decoder._graphs if decoder._graphs[size] is decoder._last)
+        logits = decoder._last._logits.copy()
+        expected = ops.sample(logits[: len(running)], *(np.ascontiguousarray(under[running][name]) for name in DRAWS.names))
+        assert drawn.tokens() == expected.tolist()
+        assert (decoder._last.token_ids >= 0).all()
+        assert (decoder._last.token_ids < vocab).all()
+        if not from_host:  # the same step with tokens that the host knows
+            check = batch(
+                [(number, lengths[number]) for number in running],
+                [[tokens[n]] for n in running],
+                pages,
+                np.arange(len(running)),
+            )
+            again = decoder._last.token_ids.copy()
+            np.testing.assert_array_equal(decoder.logits(check), logits[: len(running)])
+            decoder._graphs[size].token_ids[...] = again
+        waiting = running, drawn
+        model.check()
+    assert set(decoder._graphs) == {8, 4, 2}
+
+
 def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
     (model, reference), pools = decoding("llama-gqa")
     step = batch([(0, 1)], [[3]], [[2]], np.arange(1))
@@ -102,3 +158,40 @@ def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
     got = model.forward(step, pools[0].k, pools[0].v)
     model.check()
     assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
+
+
+def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monkeypatch):
+    (model, _), (pool, _) = decoding("llama-gqa")
+    queue, num_ahead, found = model.decoder.queue, 0, []
+
+    def counting(batch, draws, rows=None):
+        nonlocal num_ahead
+        num_ahead += rows is not None
+        return queue(batch, draws, rows)
+
+    model.decoder.queue = counting
+    hows = [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "top_p": 0.9},
+        {"temperature": 0, "max_tokens": 3},
+        {"seed": 3, "n": 2},
+    ]
+    for ahead in (False, True):
+        with monkeypatch.context() as patch:
+            if not ahead:
+                patch.setattr(Ahead, "go_on", lambda self, step: None)
+            engine = Engine(model, Tokenizer.from_folder(tmp_path), pool, (), 64, 8, 64, True, 0)
+            requests = [
+                engine.add(
+                    None, [7 * number + 1] * (13 + number), SamplingParams(**{"max_tokens": 7, "ignore_eos": True} | how)
+                )
+                for number, how in enumerate(hows)
+            ]
+            while not all(request.finished for request in requests):
+                engine.step()
+        found.append([output.token_ids for request in requests for output in request.outputs])
+        assert [request.error for request in requests] == [None] * len(requests)
+        assert (num_ahead > 3) == ahead
+        assert engine.blocks.num_used == 0
+    assert found[0] == found[1]
