@@ -50,7 +50,7 @@ def test_the_configs_are_of_the_models_they_name(name, billions):
 
 def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
-    options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "6", "--output", str(tmp_path), "--threads", "1"]
+    options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "20", "--output", str(tmp_path), "--threads", "1"]
     code = main(["bench", "--model", str(bare), "--batch", "1", "3", "--context", "20", "9", *options])
     out, err = capsys.readouterr()
     assert code == 0, err

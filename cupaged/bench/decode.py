@@ -102,7 +102,7 @@ def _measure(llm: LLM, batch: int, context: int, tokens: int) -> tuple[float, fl
     from cupaged import SamplingParams
 
     rng = np.random.default_rng()
-    params = SamplingParams(temperature=0, ignore_eos=True)  # ended by hand
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)  # ended by hand
     requests = []
     try:
         for _ in range(batch):
@@ -120,8 +120,7 @@ def _measure(llm: LLM, batch: int, context: int, tokens: int) -> tuple[float, fl
         for request in requests:
             if request.error is not None:
                 raise CupagedError(request.error)
-        stats = llm.stats()
-        if stats.num_preemptions:
+        if any(request.finished for request in requests) or llm.stats().num_preemptions:
             cause = f"the KV pool does not hold {batch} sequences of {context} tokens"
             raise InvalidArgument(f"{cause} and {tokens} more; lower --batch, --context or --tokens")
         return seconds, statistics.median(times), batch * context + generated + batch * tokens / 2
