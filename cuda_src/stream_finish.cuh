@@ -123,8 +123,9 @@ __device__ __forceinline__ void finish_add(
     const Residual& residual) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   vec<scalar, 8> gain = {};
+  const bool normed = product.gain != nullptr;
   const int first_row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
-  if (first_row < product.num_rows) gain = load<8>(product.gain + first_row);
+  if (normed && first_row < product.num_rows) gain = load<8>(product.gain + first_row);
   sums.for_each_eight(product, shared, factors, tile, [&](int j, int row, int token, const vec<float, 8>& values) {
     float squares = 0;
     if (row < product.num_rows && token < num_tokens) {
@@ -137,14 +138,14 @@ __device__ __forceinline__ void finish_add(
         squares = fmaf(value, value, squares);
       }
       store_for_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.out, product.num_rows, row, token)), sum);
-      store_for_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.normed, product.num_rows, row, token)), scaled);
+      if (normed) store_for_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.normed, product.num_rows, row, token)), scaled);
     }
     squares += __shfl_xor_sync(0xffffffffu, squares, 1);
     squares += __shfl_xor_sync(0xffffffffu, squares, 2);
     if (lane % 4 == 0) shared.squares[warp][token] = squares;
   });
   named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-  if (threadIdx.x < TOKENS) {
+  if (normed && threadIdx.x < TOKENS) {
     float sum = 0;
     for (int w = 0; w < CONSUMER_WARPS; w++) sum += shared.squares[w][threadIdx.x];
     store_for_others(product.squares + tile * TOKENS + threadIdx.x, sum);

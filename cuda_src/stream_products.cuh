@@ -27,7 +27,7 @@ struct Product {
   TensorMap weights, x;
   void* out;              // [tokens, num_rows]; of SWIGLU half as many, of QKV q's; of ADD the residual, which it reads too
   const scalar* bias;     // [num_rows] or null; added to the product
-  const scalar* gain;     // ADD: [num_rows], of the norm that comes next
+  const scalar* gain;     // ADD: [num_rows], of the norm that comes next, or null: then the two below are not written
   scalar* normed;         // ADD: [tokens, num_rows], the residual times the gain
   float* squares;         // ADD: [tiles, TOKENS], of the residual, summed over the tile's rows
   const float* x_squares;  // [x_tiles, TOKENS] of what x was made from; null: x is taken as it is

@@ -71,6 +71,8 @@ class LLM:
         load_format: "auto", or "dummy" for random weights (to measure speed without a download). `model` may then be a bare
             config.json, by any name; prompts are token ids, and texts empty, if there is no tokenizer.
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
+        batch_invariant: a sequence's logits do not depend on what else is computed with it, nor on how its prompt is cut into
+            steps, to the bit; slower. For GPUs of compute capability 9.0.
         speculative: what guesses tokens, which are then verified several at once; what is generated does not change. "ngram":
             an earlier occurrence of the last ones; or a `NgramProposer`, or anything with its `propose`. Requests with logits
             processors go without. None: off.
@@ -98,6 +100,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         load_format: str = "auto",
         enable_prefix_caching: bool = True,
+        batch_invariant: bool = False,
         speculative: str | Proposer | None = None,
         num_speculative_tokens: int | None = None,
         seed: int = 0,
@@ -153,8 +156,10 @@ class LLM:
                 "max_model_len %d is beyond the %d the model was made for", longest, self.config.max_position_embeddings
             )
         step_tokens = max_num_batched_tokens or (CPU_STEP_TOKENS if device_index is None else GPU_STEP_TOKENS)
+        if batch_invariant:
+            ops = self._batch_invariant(device_index)
         with self._device:
-            decoder = None if device_index is None else importlib.import_module("cupaged.model.decoder")
+            decoder = None if device_index is None or batch_invariant else importlib.import_module("cupaged.model.decoder")
             types = self.dtype, stored_as(self.kv_cache_dtype)
             also = decoder.variants(self.config, *types) if decoder else ()
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
@@ -199,6 +204,16 @@ class LLM:
         )
         self.load_seconds = time.perf_counter() - started
         logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.dtype, self.load_seconds)
+
+    def _batch_invariant(self, device_index: int | None) -> ModuleType:
+        """The operations of `batch_invariant`; InvalidArgument where there are none."""
+        if device_index is not None:
+            chain = importlib.import_module("cupaged.ops.chain")
+            with self._device:
+                if chain.takes(self.config):
+                    return importlib.import_module("cupaged.ops.invariant").BatchInvariant()
+        wanted = "a GPU of compute capability 9.0 and a model whose widths are multiples of 8"
+        raise InvalidArgument(f"batch_invariant is for {wanted}, which this is not; leave it out")
 
     def generate(
         self,

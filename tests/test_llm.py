@@ -372,3 +372,9 @@ def test_progress_of_several_prompts_is_shown_on_a_terminal_only(llm, monkeypatc
     llm.generate([1], GREEDY)
     llm.generate([[1], [2]], GREEDY, use_tqdm=False)
     assert stream.getvalue() == shown
+
+
+def test_batch_invariance_is_refused_where_there_is_none(tmp_path):
+    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
+    with pytest.raises(InvalidArgument, match=r"batch_invariant is for a GPU of compute capability 9\.0"):
+        LLM(folder, device="cpu", batch_invariant=True)

@@ -103,13 +103,12 @@ class Decoder:
 
     def check(self) -> None:
         """DeviceError if a wait in one of the graphs has failed since the last look; only known once the device is done."""
-        if any(graph.chain.flag[0] for graph in self._graphs.values()):
+        if any(graph.chain.room.flag[0] for graph in self._graphs.values()):
             # The next step may be under way, over what the failed one left, and fail as well.
             jit.import_cupy().cuda.get_current_stream().synchronize()
             for graph in self._graphs.values():
-                graph.chain.reset()
-            cause = "a kernel waited in vain for another part of the step, and its results are wrong"
-            raise DeviceError(f"{cause}; try once more, and if it happens again report it, with the output of cupaged info")
+                graph.chain.room.reset()
+            raise DeviceError(chain.WAITED_IN_VAIN)
 
     def _graph_for(self, batch: Batch) -> _Graph:
         size = next(size for size in _SIZES if size >= batch.seq_lens.size)

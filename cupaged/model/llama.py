@@ -94,3 +94,4 @@ class Llama:
         """DeviceError if the device has failed in a step that is over."""
         if self.decoder is not None:
             self.decoder.check()
+        self.ops.check()

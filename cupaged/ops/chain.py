@@ -24,9 +24,13 @@ STAGES = {8: (12, 16), 16: (12, 10), 32: (11, 8), 64: (10, 6)}  # of weights and
 THREADS = 7 * 32
 MOST_ROWS = max(STAGES)
 _MOST_PRODUCTS = 4
+WAITED_IN_VAIN = (
+    "a kernel waited in vain for another part of the step, and its results are wrong; try once more, and if it happens again "
+    "report it, with the output of cupaged info"
+)
 _DTYPES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _UNWRITTEN = 0xFFFFFFFF
-_STORE, _STORE_FLOAT, _SWIGLU, _ADD, _QKV = range(5)
+STORE, STORE_FLOAT, SWIGLU, ADD, QKV = range(5)
 
 PRODUCT = np.dtype(
     [(name, tensor_map.DTYPE) for name in ("weights", "x")]
@@ -77,6 +81,52 @@ def rows_for(num_tokens: int) -> int:
     return next(rows for rows in STAGES if num_tokens <= rows)
 
 
+class Room:
+    """What the CTAs of launches of so many rows share: parts of tiles on their way, and whether one was waited for in vain."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.num_ctas = rows, _num_ctas()
+        self.parts = cuda.upload(np.full(self.num_ctas * TILE * rows, _UNWRITTEN, np.uint32))
+        self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
+
+    def reset(self) -> None:
+        """After a launch that has failed: as if none had been."""
+        self.parts[...] = _UNWRITTEN
+        self.flag[0] = 0
+
+    def launch(self, products: list[dict], num_tokens: int, dtype: str, kv_dtype: str, append: dict | None = None) -> None:
+        """Queue up to four products, each as `product` makes them and its `done` count zero."""
+        chain = np.zeros((), CHAIN)
+        for target, values in zip(chain["products"], products, strict=False):
+            for name, value in values.items():
+                target[name] = value
+        chain["parts"], chain["flag"] = self.parts.data.ptr, self.flag.ctypes.data
+        for name, value in (append or {}).items():
+            chain[name] = value
+        chain["num_products"], chain["num_tokens"] = len(products), num_tokens
+        size = shared_bytes(self.rows)
+        kernel = jit.kernel(SOURCE, NAME, **_defines(dtype, kv_dtype, self.rows))
+        kernel.max_dynamic_shared_size_bytes = size
+        launch_dependent(kernel, (self.num_ctas,), (THREADS,), (chain,), shared_mem=size)
+
+
+def product(
+    finish: int, x: int, x_rows: int, weight: Array, out: int, done: int, rows: int, dtype: str, **values: float
+) -> dict:
+    """PRODUCT of x, x_rows rows of `dtype` at an address, and a weight, for a kernel of so many rows."""
+    num_rows, inner = weight.shape
+    return {
+        "weights": tensor_map.encode_rows(weight.data.ptr, num_rows, inner, TILE, dtype),
+        "x": tensor_map.encode_rows(x, x_rows, inner, rows, dtype),
+        "out": out,
+        "num_rows": num_rows,
+        "inner": inner,
+        "finish": finish,
+        "done": done,
+        **values,
+    }
+
+
 class Chain:
     """The operations of `ops.cuda` that a forward pass calls, for `num_tokens` rows, each of another sequence.
 
@@ -101,9 +151,7 @@ class Chain:
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self._arrays: dict[str, Array] = {}
         self._done = self._array("done", (max_products,), "uint32")
-        self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
-        self._num_ctas = _num_ctas()
-        self._parts = cuda.upload(np.full(self._num_ctas * TILE * self.rows, _UNWRITTEN, np.uint32))
+        self.room = Room(self.rows)
         self._recorded: list[dict] = []
         self._append: dict = {}  # what of a step the products that append to the pool must know
         self._num_products = 0
@@ -132,20 +180,20 @@ class Chain:
     ) -> Array:
         out = self._rows(dtype or "product", weight.shape[:1], dtype or self.dtype)
         self._record_norm(x, gain)
-        finish = _STORE if dtype is None else _STORE_FLOAT
+        finish = STORE if dtype is None else STORE_FLOAT
         return self._record(finish, "normed", weight, bias, out, eps=eps)
 
     def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
         out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
         self._record_norm(x, gain)
-        return self._record(_SWIGLU, "normed", weight, bias, out, eps=eps)
+        return self._record(SWIGLU, "normed", weight, bias, out, eps=eps)
 
     def linear_add(self, x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
         tiles = -(-weight.shape[0] // TILE)
         squares = self._array("squares", (tiles, self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
-        return self._record(_ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
+        return self._record(ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
 
     def rope_append(
         self,
@@ -171,7 +219,7 @@ class Chain:
         sizes = (num_heads, num_kv_heads, head_dim, num_blocks, block_size.bit_length() - 1)
         self._append = {name: 0 if a is None else a.data.ptr for name, a in zip(_OF_APPEND, arrays, strict=True)}
         self._append |= dict(zip(_SIZES_OF_APPEND, sizes, strict=True))
-        self._recorded[-1] |= {"finish": _QKV, "out": out.data.ptr}
+        self._recorded[-1] |= {"finish": QKV, "out": out.data.ptr}
         self.flush()
         return out
 
@@ -182,27 +230,11 @@ class Chain:
         attention.run(self.planners[window], q, k_pool, v_pool, scale, out=out, kv_scales=kv_scales)
         return out
 
-    def reset(self) -> None:
-        """After a step that has failed: as if none had been."""
-        self._parts[...] = _UNWRITTEN
-        self.flag[0] = 0
-
     def flush(self) -> None:
         """Launch the products asked for since the last time."""
         if not self._recorded:
             return
-        chain = np.zeros((), CHAIN)
-        for product, values in zip(chain["products"], self._recorded, strict=False):
-            for name, value in values.items():
-                product[name] = value
-        chain["parts"], chain["flag"] = self._parts.data.ptr, self.flag.ctypes.data
-        for name, value in self._append.items():
-            chain[name] = value
-        chain["num_products"], chain["num_tokens"] = len(self._recorded), self.num_tokens
-        size = shared_bytes(self.rows)
-        kernel = jit.kernel(SOURCE, NAME, **_defines(self.dtype, self.kv_dtype, self.rows))
-        kernel.max_dynamic_shared_size_bytes = size
-        launch_dependent(kernel, (self._num_ctas,), (THREADS,), (chain,), shared_mem=size)
+        self.room.launch(self._recorded, self.num_tokens, self.dtype, self.kv_dtype, self._append)
         self._recorded = []
 
     # ---- what they record
@@ -210,23 +242,12 @@ class Chain:
     def _record(
         self, finish: int, x: str, weight: Array, bias: Array | None, out: Array, eps: float = 0.0, **values: int
     ) -> Array:
-        source = self._arrays[x]
-        num_rows, inner = weight.shape
         if x == "normed":
             squares = self._arrays["start_squares" if self._from_start else "squares"]
             values |= {"x_squares": squares.data.ptr, "x_tiles": squares.shape[0]}
-        values |= {
-            "weights": tensor_map.encode_rows(weight.data.ptr, num_rows, inner, TILE, self.dtype),
-            "x": tensor_map.encode_rows(source.data.ptr, self.rows, inner, self.rows, self.dtype),
-            "out": out.data.ptr,
-            "bias": 0 if bias is None else bias.data.ptr,
-            "num_rows": num_rows,
-            "inner": inner,
-            "finish": finish,
-            "eps": eps,
-            "done": self._done.data.ptr + 4 * self._num_products,
-        }
-        self._recorded.append(values)
+        values |= {"bias": 0 if bias is None else bias.data.ptr, "eps": eps}
+        source, done = self._arrays[x].data.ptr, self._done.data.ptr + 4 * self._num_products
+        self._recorded.append(product(finish, source, self.rows, weight, out.data.ptr, done, self.rows, self.dtype, **values))
         self._num_products += 1
         return out
 

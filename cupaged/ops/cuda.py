@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -148,6 +148,10 @@ def empty(shape: tuple[int, ...], dtype: str | np.dtype) -> Array:
         raise _no_room(math.prod(shape) * np.dtype(dtype).itemsize) from error
 
 
+def check() -> None:
+    """DeviceError if the device has failed in a step that is over."""
+
+
 def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A host array of zeros that the device can read and write where it is, and copies fast."""
     size = math.prod(shape)
@@ -237,26 +241,43 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return out
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None = None) -> Array:
-    """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype`: that of x or "float32"."""
+Gemm = Callable[[Array, Array, Array, bool], None]  # as `_gemm`
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None = None, *, gemm: Gemm | None = None) -> Array:
+    """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype`: that of x or "float32".
+
+    `gemm` multiplies, if it is not to be cuBLAS.
+    """
     out = empty((x.shape[0], weight.shape[0]), x.dtype if dtype is None else dtype)
     if out.size:
-        _gemm(x, weight, out)
+        (gemm or _gemm)(x, weight, out, False)
         _add_bias(out, bias, x.dtype)
     return out
 
 
-def norm_linear(x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, dtype: str | None = None) -> Array:
+def norm_linear(
+    x: Array,
+    gain: Array,
+    eps: float,
+    weight: Array,
+    bias: Array | None = None,
+    dtype: str | None = None,
+    *,
+    gemm: Gemm | None = None,
+) -> Array:
     """linear(rms_norm(x, gain, eps), weight, bias, dtype) of x [T, in], gain [in], weight [out, in], bias [out] -> [T, out]."""
-    return linear(rms_norm(x, gain, eps), weight, bias, dtype)
+    return linear(rms_norm(x, gain, eps), weight, bias, dtype, gemm=gemm)
 
 
-def norm_swiglu(x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
+def norm_swiglu(
+    x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, *, gemm: Gemm | None = None
+) -> Array:
     """silu(gate) * up, both `norm_linear` of x [T, in] -> [T, ffn].
 
     weight [2 * ffn, in] and bias [2 * ffn] hold 8 rows of the gate, then the same 8 of up, by turns, as `ops.numpy` says.
     """
-    both = norm_linear(x, gain, eps, weight, bias)
+    both = norm_linear(x, gain, eps, weight, bias, gemm=gemm)
     num_rows, ffn = both.shape[0], both.shape[1] // 2
     out = empty((num_rows, ffn), both.dtype)
     blocks = min(-(-out.size // (256 * 8)), _MAX_GRID)
@@ -264,13 +285,13 @@ def norm_swiglu(x: Array, gain: Array, eps: float, weight: Array, bias: Array | 
     return out
 
 
-def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
+def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None, *, gemm: Gemm | None = None) -> Array:
     """residual [T, out] + x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out].
 
     `residual` is overwritten by the result, which is returned. It is rounded once, or with a bias once more.
     """
     if residual.size:
-        _gemm(x, weight, residual, add=True)
+        (gemm or _gemm)(x, weight, residual, True)
         _add_bias(residual, bias, x.dtype)
     return residual
 
@@ -337,7 +358,8 @@ def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
 class Index:
     """The batch of one step, as `ops.numpy` says, on the device; and the plans of its attention."""
 
-    def __init__(self, *arrays: np.ndarray) -> None:
+    def __init__(self, *arrays: np.ndarray, batch_invariant: bool = False) -> None:
+        self._batch_invariant = batch_invariant
         self._host = [np.ascontiguousarray(array, np.int32) for array in arrays]
         self._plans: dict[tuple, attention.CascadePlan] = {}
         starts = np.cumsum([0, *(-(-array.size // 4) * 4 + 4 for array in self._host)])
@@ -351,7 +373,8 @@ class Index:
     def plan(self, q: Array, k_pool: Array, sliding_window: int | None) -> attention.CascadePlan:
         """How attention over such arrays is cut: made for the first layer, found again by the others.
 
-        Where neighbours in the batch begin with the same blocks, and reading those once pays, they are a level of their own.
+        Where neighbours in the batch begin with the same blocks, and reading those once pays, they are a level of their own. If
+        a row is not to depend on the others, all is one level of fixed parts.
         """
         key = q.shape[1:], k_pool.shape, q.dtype, k_pool.dtype, sliding_window
         if key not in self._plans:
@@ -360,12 +383,13 @@ class Index:
             decode_grid, prefill_grid = attention.grids_of_device(head_dim, q.dtype.name, k_pool.dtype.name)
             grids = {"num_blocks": num_blocks, "decode_grid": decode_grid, "prefill_grid": prefill_grid}
             prefixes = []
-            if sliding_window is None:
+            if sliding_window is None and not self._batch_invariant:
                 prefixes = attention.shared_prefixes(*self._host, **shape, head_dim=head_dim, kv_bytes=k_pool.dtype.itemsize)
             if prefixes:
                 self._plans[key] = attention.plan_cascade(*self._host, prefixes, **shape, **grids)
             else:
-                whole = attention.plan(*self._host, **shape, **grids, sliding_window=sliding_window)
+                rules = {"sliding_window": sliding_window, "batch_invariant": self._batch_invariant}
+                whole = attention.plan(*self._host, **shape, **grids, **rules)
                 self._plans[key] = attention.CascadePlan(None, whole)
         return self._plans[key]
 

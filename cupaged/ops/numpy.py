@@ -52,6 +52,10 @@ def compiling(
     return contextlib.nullcontext()
 
 
+def check() -> None:
+    """DeviceError if the device has failed in a step that is over."""
+
+
 def free_memory() -> tuple[int, int]:
     """(free, total) bytes of the device's memory."""
     memory = psutil.virtual_memory()

@@ -152,7 +152,7 @@ def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
     (model, reference), pools = decoding("llama-gqa")
     step = batch([(0, 1)], [[3]], [[2]], np.arange(1))
     got, want = (one.forward(step, pool.k, pool.v) for one, pool in zip((model, reference), pools, strict=True))
-    model.decoder._graphs[1].chain.flag[0] = 1  # as a kernel leaves it
+    model.decoder._graphs[1].chain.room.flag[0] = 1  # as a kernel leaves it
     with pytest.raises(DeviceError, match=r"waited in vain.*try once more"):
         model.check()
     got = model.forward(step, pools[0].k, pools[0].v)

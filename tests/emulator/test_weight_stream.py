@@ -131,8 +131,8 @@ def test_products(make, case):
         want = weights.reference(ids)
         error = np.linalg.norm(logits - want) / np.linalg.norm(want)
         assert error < (1e-2 if dtype == "bfloat16" else 1.5e-3), error
-        assert not ops.flag[0]
-        assert (ops._parts[::4] == 0xFFFFFFFF).all(), "parts are left behind"
+        assert not ops.room.flag[0]
+        assert (ops.room.parts[::4] == 0xFFFFFFFF).all(), "parts are left behind"
         logits[...] = np.nan
 
 
@@ -162,11 +162,11 @@ def test_a_product_that_never_ends(make, monkeypatch):
         changed[chain.START_SOURCE] = jit.read_source(chain.START_SOURCE)
         patch.setattr(jit, "read_source", changed.get)
         weights.forward(ops, ids)
-    assert ops.flag[0]
-    ops.reset()
+    assert ops.room.flag[0]
+    ops.room.reset()
     logits, want = weights.forward(ops, ids), weights.reference(ids)
     assert np.linalg.norm(logits - want) < 1e-2 * np.linalg.norm(want)
-    assert not ops.flag[0]
+    assert not ops.room.flag[0]
 
 
 MUTATIONS = {

@@ -12,7 +12,15 @@ from cupaged.engine.ahead import Ahead
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 def test_tokens_are_the_same_as_without(tmp_path, monkeypatch, kv_dtype):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
-    llm = LLM(folder, device="cuda", dtype="bfloat16", kv_cache_dtype=kv_dtype, kv_memory="64MiB", max_num_seqs=64, enable_prefix_caching=False)
+    llm = LLM(
+        folder,
+        device="cuda",
+        dtype="bfloat16",
+        kv_cache_dtype=kv_dtype,
+        kv_memory="64MiB",
+        max_num_seqs=64,
+        enable_prefix_caching=False,
+    )
     if llm.engine.model.decoder is None:
         pytest.skip("captured decode steps need compute capability 9.0")
     rng = np.random.default_rng([SEED, 72])
@@ -27,7 +35,8 @@ def test_tokens_are_the_same_as_without(tmp_path, monkeypatch, kv_dtype):
     prompts = [{"prompt_token_ids": rng.integers(0, vocab, n).tolist()} for n in rng.integers(1, 40, 64)]
     hows = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.9, "top_k": 40}, {"seed": 3, "min_p": 0.05}] * 16
     params = [SamplingParams(**how, max_tokens=5 + number % 60, ignore_eos=True) for number, how in enumerate(hows)]
-    # Lengths are foreseen, and nothing is found that an earlier step has computed in other company: both ways have the same batches in the same steps, and the same bits.
+    # Lengths are foreseen, and nothing is found that an earlier step has computed in other company: both ways have the same
+    # batches in the same steps, and the same bits.
     for ahead in (False, True):
         with monkeypatch.context() as patch:
             if not ahead:
