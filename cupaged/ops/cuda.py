@@ -30,7 +30,7 @@ Array = Any  # cupy.ndarray
 
 DTYPES = ("bfloat16", "float16")
 KV_DTYPES = ("fp8", "int8")  # of a pool, beside that of the activations
-_DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
+DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
 _QK_NORM = {"QK_NORM": 1}
 _SLICE_BYTES = 16 << 20  # of an upload that are converted at once
@@ -64,7 +64,7 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
         shapes: list[dict[str, int]] = [{}]
         if name == "rope_append":
             shapes = [{**codes, **norm} for codes in ({}, *_CODE_DEFINES.values()) for norm in ({}, _QK_NORM)]
-        dtypes = [{}] if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES.values()
+        dtypes = [{}] if name in _FOR_ALL_DTYPES else DTYPE_DEFINES.values()
         found += [(source, name, {**dtype, **shape}) for dtype in dtypes for shape in shapes]
     return found
 
@@ -82,7 +82,7 @@ def compiling(
     found = attention.kernel.variants_of_device(dtype, head_dim, kv_dtype, block_size)
     for name, source in _SOURCES.items():
         if name not in _SELDOM:
-            defines = {} if name in _FOR_ALL_DTYPES else _DTYPE_DEFINES[dtype]
+            defines = {} if name in _FOR_ALL_DTYPES else DTYPE_DEFINES[dtype]
             shape = _rope_append_defines(kv_dtype, qk_norm) if name == "rope_append" else {}
             found.append((source, name, {**defines, **shape}))
     return jit.compiling([*found, *also])
@@ -114,7 +114,7 @@ def _launch(name: str, grid: tuple[int, ...], threads: int, args: tuple, dtype: 
     if dtype is not None:
         if dtype.name not in DTYPES:
             raise InvalidArgument(f"{name} was given {dtype.name} arrays; the CUDA kernels take {' and '.join(DTYPES)}")
-        shape = {**_DTYPE_DEFINES[dtype.name], **shape}
+        shape = {**DTYPE_DEFINES[dtype.name], **shape}
     launch = jit.kernel(_SOURCES[name], name, **shape)
     launch(grid, (threads, 1, 1), args, shared_mem=shared_bytes(name))
 
