@@ -26,6 +26,7 @@ KINDS = {
     "upload": "embedding and copies",
     "sample": "sampling",
     "download": "sampling",
+    "check": "sampling",
 }
 LOGITS, OUTSIDE = "logits", "outside the operations"
 

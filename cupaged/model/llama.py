@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from cupaged.checkpoint.config import ModelConfig
 from cupaged.model.parameters import load
 from cupaged.model.rope import rope_table
-
-if TYPE_CHECKING:
-    from cupaged.model.decoder import Decoder
-    from cupaged.ops.chain import Chain
 
 
 @dataclass
@@ -45,12 +40,12 @@ class Llama:
         self,
         config: ModelConfig,
         weights: Iterable[tuple[str, np.ndarray]],
-        ops: ModuleType,
+        ops: Any,
         dtype: str,
         max_positions: int,
     ) -> None:
         self.config, self.ops = config, ops
-        self.decoder: Decoder | None = None  # takes steps of one token a sequence, once there is one
+        self.decoder: Any = None  # a `model.decoder.Decoder`, once there is one: takes steps of one token a sequence
         self.params = load(config, weights, ops, dtype)
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
@@ -60,7 +55,7 @@ class Llama:
         k_pool: np.ndarray,
         v_pool: np.ndarray,
         kv_scales: np.ndarray | None = None,
-        ops: ModuleType | Chain | None = None,
+        ops: Any = None,
     ) -> np.ndarray:
         """Append the batch's K/V to the pools and return float32 logits [R, vocab].
 
