@@ -35,7 +35,7 @@ struct Product {
   int num_rows, inner, x_tiles, finish;
   float eps;
 };
-static_assert(sizeof(Product) == 384, "PRODUCT of cupaged/ops/weight_stream.py");
+static_assert(sizeof(Product) == 384, "PRODUCT of cupaged/ops/products.py");
 
 // Where QKV puts the keys and values of its tokens, each the last of its sequence: as in rope_append.cu.
 struct Append {
@@ -54,7 +54,7 @@ struct Chain {
   Append append;
   int num_products, num_tokens;
 };
-static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/weight_stream.py");
+static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/products.py");
 
 // Rows of 64 scalars with the 128-byte swizzle: piece p (8 scalars) of row r lies at p XOR r % 8.
 template <int ROWS>

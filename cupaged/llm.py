@@ -208,9 +208,9 @@ class LLM:
     def _batch_invariant(self, device_index: int | None) -> ModuleType:
         """The operations of `batch_invariant`; InvalidArgument where there are none."""
         if device_index is not None:
-            stream = importlib.import_module("cupaged.ops.weight_stream")
+            products = importlib.import_module("cupaged.ops.products")
             with self._device:
-                if stream.takes(self.config):
+                if products.takes(self.config):
                     return importlib.import_module("cupaged.ops.invariant").BatchInvariant()
         wanted = "a GPU of compute capability 9.0 and a model whose widths are multiples of 8"
         raise InvalidArgument(f"batch_invariant is for {wanted}, which this is not; leave it out")

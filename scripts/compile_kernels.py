@@ -14,7 +14,7 @@ import time
 from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
-from cupaged.ops import chain, weight_stream
+from cupaged.ops import chain, products
 from cupaged.ops import cuda as ops
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -77,7 +77,7 @@ def shared_bytes(name: str, defines: dict[str, int]) -> int:
     if name == persistent.NAME:
         kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
         return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
-    return weight_stream.shared_bytes(defines["TOKENS"]) if name == weight_stream.NAME else ops.shared_bytes(name)
+    return products.shared_bytes(defines["TOKENS"]) if name == products.NAME else ops.shared_bytes(name)
 
 
 def key(source: str, defines: dict[str, int]) -> tuple:

@@ -14,7 +14,7 @@ from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import DRAWS
-from cupaged.ops import chain, cuda, weight_stream
+from cupaged.ops import chain, cuda, products
 
 Array = Any  # cupy.ndarray
 
@@ -27,7 +27,7 @@ _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 def variants(config: ModelConfig, dtype: str, kv_dtype: str) -> list[jit.Variant]:
     """The kernels of a Decoder, beside those of `ops.cuda`; none where the device or the model is not for it."""
-    if not weight_stream.takes(config):
+    if not products.takes(config):
         return []
     step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
     return [*chain.variants(dtype, kv_dtype), (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
@@ -108,7 +108,7 @@ class Decoder:
             jit.import_cupy().cuda.get_current_stream().synchronize()
             for graph in self._graphs.values():
                 graph.chain.room.reset()
-            raise DeviceError(weight_stream.WAITED_IN_VAIN)
+            raise DeviceError(products.WAITED_IN_VAIN)
 
     def _graph_for(self, batch: Batch) -> _Graph:
         size = next(size for size in _SIZES if size >= batch.seq_lens.size)

@@ -9,8 +9,7 @@ import numpy as np
 
 from cupaged import attention
 from cupaged.cuda import jit
-from cupaged.ops import cuda
-from cupaged.ops import weight_stream as stream
+from cupaged.ops import cuda, products
 
 Array = Any  # cupy.ndarray
 
@@ -19,7 +18,7 @@ START_SOURCE, START_NAME = "stream_start.cu", "stream_start"
 
 def variants(dtype: str, kv_dtype: str) -> list[jit.Variant]:
     """The kernels that a `Chain` can ask for beside those of `ops.cuda`, where pools hold arrays of kv_dtype."""
-    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *stream.variants(dtype, kv_dtype)]
+    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *products.variants(dtype, kv_dtype)]
 
 
 class Chain:
@@ -42,11 +41,11 @@ class Chain:
         planners: dict[int | None, attention.DevicePlanner],
         max_products: int,
     ) -> None:
-        self.num_tokens, self.rows, self.planners = num_tokens, stream.rows_for(num_tokens), planners
+        self.num_tokens, self.rows, self.planners = num_tokens, products.rows_for(num_tokens), planners
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self._arrays: dict[str, Array] = {}
         self._done = self._array("done", (max_products,), "uint32")
-        self.room = stream.Room(self.rows)
+        self.room = products.Room(self.rows)
         self._recorded: list[dict] = []
         self._append: dict = {}  # what of a step the products that append to the pool must know
         self._num_products = 0
@@ -75,20 +74,20 @@ class Chain:
     ) -> Array:
         out = self._rows(dtype or "product", weight.shape[:1], dtype or self.dtype)
         self._record_norm(x, gain)
-        finish = stream.STORE if dtype is None else stream.STORE_FLOAT
+        finish = products.STORE if dtype is None else products.STORE_FLOAT
         return self._record(finish, "normed", weight, bias, out, eps=eps)
 
     def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
         out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
         self._record_norm(x, gain)
-        return self._record(stream.SWIGLU, "normed", weight, bias, out, eps=eps)
+        return self._record(products.SWIGLU, "normed", weight, bias, out, eps=eps)
 
     def linear_add(self, x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
-        tiles = -(-weight.shape[0] // stream.TILE)
+        tiles = -(-weight.shape[0] // products.TILE)
         squares = self._array("squares", (tiles, self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
-        return self._record(stream.ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
+        return self._record(products.ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
 
     def rope_append(
         self,
@@ -112,9 +111,9 @@ class Chain:
             return out
         arrays = (rope_table, k_pool, v_pool, kv_scales, *batch[1:])
         sizes = (num_heads, num_kv_heads, head_dim, num_blocks, block_size.bit_length() - 1)
-        self._append = {name: 0 if a is None else a.data.ptr for name, a in zip(stream.OF_APPEND, arrays, strict=True)}
-        self._append |= dict(zip(stream.SIZES_OF_APPEND, sizes, strict=True))
-        self._recorded[-1] |= {"finish": stream.QKV, "out": out.data.ptr}
+        self._append = {name: 0 if a is None else a.data.ptr for name, a in zip(products.OF_APPEND, arrays, strict=True)}
+        self._append |= dict(zip(products.SIZES_OF_APPEND, sizes, strict=True))
+        self._recorded[-1] |= {"finish": products.QKV, "out": out.data.ptr}
         self.flush()
         return out
 
@@ -143,7 +142,7 @@ class Chain:
         values |= {"bias": 0 if bias is None else bias.data.ptr, "eps": eps}
         source, done = self._arrays[x].data.ptr, self._done.data.ptr + 4 * self._num_products
         self._recorded.append(
-            stream.product(finish, source, self.rows, weight, out.data.ptr, done, self.rows, self.dtype, **values)
+            products.product(finish, source, self.rows, weight, out.data.ptr, done, self.rows, self.dtype, **values)
         )
         self._num_products += 1
         return out

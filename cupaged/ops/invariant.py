@@ -13,17 +13,16 @@ import numpy as np
 
 from cupaged import attention
 from cupaged.errors import DeviceError
-from cupaged.ops import cuda
-from cupaged.ops import weight_stream as stream
+from cupaged.ops import cuda, products
 
 Array = Any  # cupy.ndarray
 
 
 class BatchInvariant:
-    """Takes the place of the module; for models that `weight_stream.takes`."""
+    """Takes the place of the module; for models that `products.takes`."""
 
     def __init__(self) -> None:
-        self._rooms: dict[int, stream.Room] = {}  # by rows
+        self._rooms: dict[int, products.Room] = {}  # by rows
         self._done = cuda.upload(np.zeros(1, np.uint32))  # counts tiles, and nobody looks
         for operation in (cuda.linear, cuda.norm_linear, cuda.norm_swiglu, cuda.linear_add):
             setattr(self, operation.__name__, functools.partial(operation, gemm=self._gemm))
@@ -35,7 +34,7 @@ class BatchInvariant:
     def compiling(self, dtype: str, kv_dtype: str, head_dim: int, block_size: int, qk_norm: bool, also: tuple = ()) -> Any:
         """As in `ops.cuda`, with what these operations take more."""
         kinds = attention.kernel.variants_of_device(dtype, head_dim, kv_dtype, block_size, batch_invariant=True)
-        more = [*stream.variants(dtype, dtype), *kinds, *also]
+        more = [*products.variants(dtype, dtype), *kinds, *also]
         return cuda.compiling(dtype, kv_dtype, head_dim, block_size, qk_norm, more)
 
     def check(self) -> None:
@@ -43,16 +42,16 @@ class BatchInvariant:
         for room in self._rooms.values():
             if room.flag[0]:
                 room.reset()
-                raise DeviceError(stream.WAITED_IN_VAIN)
+                raise DeviceError(products.WAITED_IN_VAIN)
 
     def _gemm(self, x: Array, weight: Array, out: Array, add: bool) -> None:
         dtype, width, bytes_of_row = x.dtype.name, weight.shape[0], x.shape[1] * x.dtype.itemsize
-        finish = stream.ADD if add else stream.STORE_FLOAT if out.dtype == np.float32 else stream.STORE
-        for first in range(0, x.shape[0], stream.MOST_ROWS):
-            count = min(stream.MOST_ROWS, x.shape[0] - first)
-            rows = stream.rows_for(count)
+        finish = products.ADD if add else products.STORE_FLOAT if out.dtype == np.float32 else products.STORE
+        for first in range(0, x.shape[0], products.MOST_ROWS):
+            count = min(products.MOST_ROWS, x.shape[0] - first)
+            rows = products.rows_for(count)
             if rows not in self._rooms:
-                self._rooms[rows] = stream.Room(rows)
+                self._rooms[rows] = products.Room(rows)
             source, target = x.data.ptr + first * bytes_of_row, out.data.ptr + first * width * out.dtype.itemsize
-            one = stream.product(finish, source, count, weight, target, self._done.data.ptr, rows, dtype)
+            one = products.product(finish, source, count, weight, target, self._done.data.ptr, rows, dtype)
             self._rooms[rows].launch([one], count, dtype, dtype)

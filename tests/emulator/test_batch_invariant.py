@@ -12,7 +12,7 @@ from cupaged.engine.kv_pool import KVPool
 from cupaged.errors import DeviceError
 from cupaged.model.llama import Batch, Llama
 from cupaged.ops import numpy as reference_ops
-from cupaged.ops import weight_stream
+from cupaged.ops import products
 from cupaged.ops.invariant import BatchInvariant
 
 from .test_weight_stream import encode_rows
@@ -23,7 +23,7 @@ BLOCK_SIZE, BLOCKS = 16, 60
 @pytest.fixture
 def make(ops, monkeypatch, tmp_path):
     monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
-    monkeypatch.setattr(weight_stream, "_num_ctas", lambda: 3)
+    monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name):
         folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])

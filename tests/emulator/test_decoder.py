@@ -18,7 +18,7 @@ from cupaged.model.decoder import Decoder
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import DRAWS
 from cupaged.ops import numpy as reference_ops
-from cupaged.ops import weight_stream
+from cupaged.ops import products
 
 from .test_weight_stream import encode_rows
 
@@ -30,7 +30,7 @@ BLOCKS, BLOCK_SIZE = 24, 16
 def decoding(ops, monkeypatch, tmp_path):
     """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
     monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
-    monkeypatch.setattr(weight_stream, "_num_ctas", lambda: 3)
+    monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name, kv_dtype="bfloat16"):
         folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])

@@ -7,7 +7,7 @@ import pytest
 from op_cases import SEED
 
 from cupaged.cuda import jit, tensor_map
-from cupaged.ops import chain, cuda, weight_stream
+from cupaged.ops import chain, cuda, products
 
 from . import emulator
 from .guarded_memory import GuardedMemory
@@ -27,7 +27,7 @@ def make(monkeypatch):
     memory, defines_of_all = GuardedMemory(), {}
 
     def kernel(source, name, **defines):
-        kernel = emulator.emulate(source, name, **defines | (defines_of_all if source == weight_stream.SOURCE else {}))
+        kernel = emulator.emulate(source, name, **defines | (defines_of_all if source == products.SOURCE else {}))
         kernel.after_launch = memory.check
         return kernel
 
@@ -38,7 +38,7 @@ def make(monkeypatch):
 
     def make(num_tokens, dtype, num_ctas, max_products, **defines):
         defines_of_all.update(defines)
-        monkeypatch.setattr(weight_stream, "_num_ctas", lambda: num_ctas)
+        monkeypatch.setattr(products, "_num_ctas", lambda: num_ctas)
         return chain.Chain(num_tokens, dtype, dtype, {}, max_products)
 
     make.memory = memory
@@ -155,10 +155,10 @@ def test_a_product_that_never_ends(make, monkeypatch):
     ops = make(3, "bfloat16", 3, max_products=9, PATIENCE=100000)
     ids = make.memory.asarray(rng.integers(0, 64, 3).astype(np.int32))
     count = "red_add_release_gpu(product.done, 1)"
-    text = jit.read_source(weight_stream.SOURCE)
+    text = jit.read_source(products.SOURCE)
     assert text.count(count) == 1
     with monkeypatch.context() as patch:
-        changed = {weight_stream.SOURCE: text.replace(count, f"if (product.finish != SWIGLU) {count}")}
+        changed = {products.SOURCE: text.replace(count, f"if (product.finish != SWIGLU) {count}")}
         changed[chain.START_SOURCE] = jit.read_source(chain.START_SOURCE)
         patch.setattr(jit, "read_source", changed.get)
         weights.forward(ops, ids)
@@ -206,10 +206,10 @@ def test_a_mutation_fails(make, monkeypatch, mutation):
     weights = Weights(rng, hidden, 128, 136, 144, "bfloat16", make.memory.asarray)
     ids = make.memory.asarray(rng.integers(0, 144, 3).astype(np.int32))
     want = weights.reference(ids)
-    text, (old, new) = jit.read_source(weight_stream.SOURCE), MUTATIONS[mutation]
+    text, (old, new) = jit.read_source(products.SOURCE), MUTATIONS[mutation]
     assert text.count(old) == 1
     start = jit.read_source(chain.START_SOURCE)
-    changed = {weight_stream.SOURCE: text.replace(old, new), chain.START_SOURCE: start}
+    changed = {products.SOURCE: text.replace(old, new), chain.START_SOURCE: start}
     monkeypatch.setattr(jit, "read_source", lambda source: changed[source])
     ops = make(3, "bfloat16", 4, max_products=9, STAGES=2, X_STAGES=2)
 

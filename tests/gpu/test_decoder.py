@@ -10,7 +10,7 @@ from op_cases import SEED
 from cupaged import LLM, SamplingParams
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
-from cupaged.ops import cuda, weight_stream
+from cupaged.ops import cuda, products
 
 
 def load(tmp_path, name="llama-gqa", **options):
@@ -54,10 +54,10 @@ def test_a_kernel_that_waits_in_vain_ends_and_the_next_request_works(tmp_path, m
     params, prompt = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), {"prompt_token_ids": [5, 6, 7]}
     want = llm.generate(prompt, params)[0].outputs[0].token_ids
     kernel, count = jit.kernel, "red_add_release_gpu(product.done, 1)"
-    assert jit.read_source(weight_stream.SOURCE).count(count) == 1
+    assert jit.read_source(products.SOURCE).count(count) == 1
 
     def withheld(source, name, **defines):
-        if source != weight_stream.SOURCE:
+        if source != products.SOURCE:
             return kernel(source, name, **defines)
         with monkeypatch.context() as patch:
             read = jit.read_source
