@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def shared_bytes(rows: int) -> int:
 
 
 def takes(config: ModelConfig) -> bool:
-    """Whether the products of a model can be computed here, by a device of sm_90: there the kernel was measured."""
+    """Whether a model's products can be computed by launches on the current device: one of sm_90, where they were measured."""
     device = jit.import_cupy().cuda.Device()
     widths = (config.hidden_size, config.intermediate_size)
     fits = all(width % 8 == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
@@ -122,7 +121,6 @@ def product(
     }
 
 
-@functools.cache
 def _num_ctas() -> int:
-    cupy = jit.import_cupy()
-    return cupy.cuda.Device().attributes["MultiProcessorCount"]
+    """One for each SM of the current device: a launch counts on all of them being there."""
+    return jit.import_cupy().cuda.Device().attributes["MultiProcessorCount"]
