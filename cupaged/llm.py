@@ -72,7 +72,7 @@ class LLM:
             config.json, by any name; prompts are token ids, and texts empty, if there is no tokenizer.
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
         batch_invariant: a sequence's logits do not depend on what else is computed with it, nor on how its prompt is cut into
-            steps, to the bit; slower. For GPUs of compute capability 9.0.
+            steps, to the bit; slower. For GPUs of compute capability 9.0, and models without sliding windows.
         speculative: what guesses tokens, which are then verified several at once; what is generated does not change. "ngram":
             an earlier occurrence of the last ones; or a `NgramProposer`, or anything with its `propose`. Requests with logits
             processors go without. None: off.
@@ -207,6 +207,9 @@ class LLM:
 
     def _batch_invariant(self, device_index: int | None) -> ModuleType:
         """The operations of `batch_invariant`; InvalidArgument where there are none."""
+        if any(self.config.sliding_windows):
+            cause = "batch_invariant is for models without sliding windows, whose attention begins where others in the batch do"
+            raise InvalidArgument(f"{cause}; leave it out")
         if device_index is not None:
             products = importlib.import_module("cupaged.ops.products")
             with self._device:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from op_cases import SEED, draw_batch
 
 from cupaged.attention import Grid, merge_states, plan, planner
-from cupaged.attention.planner import DECODE_ROWS, FIXED_CHUNK, FIXED_SPLIT
+from cupaged.attention.planner import DECODE_ROWS, FIXED_SPLIT
 from cupaged.errors import InvalidArgument
 from cupaged.ops import numpy as ops
 
@@ -178,8 +178,6 @@ def test_every_position_a_tile_sees_is_in_one_part_and_no_other_is(arguments):
     assert ranges.keys() == {(*tile, head) for tile in expected for head in range(arguments["num_kv_heads"])}
     for (*tile, _), found in ranges.items():
         start, stop, _ = expected[tuple(tile)]
-        if arguments["batch_invariant"]:  # which begins where the kernels' chunks do, whoever else is in the tile
-            start -= start % FIXED_CHUNK
         covered = [position for part in found for position in range(*part)]
         assert sorted(covered) == list(range(start, stop))
         if len(found) > 1:

@@ -378,3 +378,6 @@ def test_batch_invariance_is_refused_where_there_is_none(tmp_path):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
     with pytest.raises(InvalidArgument, match=r"batch_invariant is for a GPU of compute capability 9\.0"):
         LLM(folder, device="cpu", batch_invariant=True)
+    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["mistral-window"])
+    with pytest.raises(InvalidArgument, match="without sliding windows"):
+        LLM(folder, device="cpu", batch_invariant=True)

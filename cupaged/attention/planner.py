@@ -26,7 +26,6 @@ from cupaged.attention import validation
 from cupaged.errors import InvalidArgument
 
 DECODE_ROWS = 16  # of a tile whose positions a CTA's warps share, at most
-FIXED_CHUNK = 128  # positions that a kernel processes at a time, at most; a multiple of fewer
 FIXED_SPLIT = 1024  # positions of a part in a batch-invariant plan, from a multiple of that on; a multiple of every step
 MOST_SLOTS = 4096  # that such a plan wants of one launch, unless a single tile does: 128 MiB
 LEAST_PAGE = 8  # rows of a page that the sm90 kernel can copy
@@ -203,8 +202,6 @@ def plan(
     tiles[:, KV_STOP] = kv_stop
     if sliding_window is not None:
         tiles[:, KV_START] = np.maximum(first_position + first_row // group_size + 1 - sliding_window, 0)
-        if batch_invariant:  # which rows are in a tile does not move what is processed at a time
-            tiles[:, KV_START] &= -FIXED_CHUNK
 
     if batch_invariant:
         passes = [_cut_between_tasks(*entries, num_kv_heads, grid) for entries in _fixed_parts(tiles, num_kv_heads)]

@@ -52,7 +52,7 @@ def step(chunks, pages):
     )
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "qwen3-window"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "qwen3"])
 def test_the_same_bits_in_any_company_and_any_cut(make, name):
     (model, reference), pools = make(name)
     rng = np.random.default_rng([SEED, 81])
