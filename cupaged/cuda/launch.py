@@ -42,10 +42,7 @@ def launch_dependent(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...],
     if not _knows_dependent_launches(jit.import_cupy().cuda.runtime.getDevice()):
         kernel(grid, block, args, shared_mem=shared_mem)
         return
-    values = [
-        np.array(arg.data.ptr, np.uint64) if hasattr(arg, "data") and hasattr(arg.data, "ptr") else np.asarray(arg)
-        for arg in args
-    ]
+    values = [_value(arg) for arg in args]
     pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
     config = _Config()
     config.grid[:], config.block[:] = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]

@@ -149,7 +149,7 @@ def empty(shape: tuple[int, ...], dtype: str | np.dtype) -> Array:
 
 
 def check() -> None:
-    """DeviceError if the device has failed in a step that is over."""
+    """DeviceError if an operation that is over has failed without a word: none of these does, those of `ops.invariant` may."""
 
 
 def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:

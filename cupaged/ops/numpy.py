@@ -53,7 +53,7 @@ def compiling(
 
 
 def check() -> None:
-    """DeviceError if the device has failed in a step that is over."""
+    """DeviceError if an operation that is over has failed without a word, as a device may; here none does."""
 
 
 def free_memory() -> tuple[int, int]:
