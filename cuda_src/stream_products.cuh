@@ -67,8 +67,9 @@ struct alignas(1024) Box {
 struct Shared {
   Box<TILE> weights[STAGES];
   Box<TOKENS> x[X_STAGES];
-  unsigned long long weights_full[STAGES], weights_empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES], factors_full[2];
-  float factors[2][TOKENS];  // 1 / rms, of this product and the next
+  unsigned long long weights_full[STAGES], weights_empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+  unsigned long long factors_full[MOST_PRODUCTS];
+  float factors[MOST_PRODUCTS][TOKENS];  // 1 / rms; one for each product: whoever has no unit may fall behind
   float squares[CONSUMER_WARPS][TOKENS];
   float turned[CONSUMER_WARPS][8][WARP_ROWS + 4];  // sums of a warp's rows and 8 tokens, on their way to who stores them
 };

@@ -80,10 +80,10 @@ __device__ __forceinline__ void produce_factors(const Chain& chain, Shared& shar
         for (int i = 0; i < product.x_tiles; i++) sum += load_from_others(product.x_squares + i * TOKENS + token);
         factor = after_norm(sum, product.inner, product.eps);
       }
-      shared.factors[p % 2][token] = factor;
+      shared.factors[p][token] = factor;
     }
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.factors_full[p % 2]);
+    if (lane == 0) mbarrier_arrive(&shared.factors_full[p]);
   }
 }
 
@@ -98,11 +98,6 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
     const Cut cut(product);
-    bool know_factors = false;
-    const auto wait_for_factors = [&] {
-      if (!know_factors) mbarrier_wait_parity(&shared.factors_full[p % 2], p / 2 % 2);
-      know_factors = true;
-    };
     Sums sums;
     int start = cut.begin(blockIdx.x) % cut.per_tile, left = cut.begin(blockIdx.x + 1) - cut.begin(blockIdx.x);
     for_each_unit(product, [&](int tile, int k) {
@@ -115,16 +110,15 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
       x_turn.advance();
       left--;
       if (k + 1 < cut.per_tile && left) return;
-      wait_for_factors();
       if (start == 0) {
-        finish(chain, product, sums, shared, shared.factors[p % 2], tile, k + 1);
+        mbarrier_wait_parity(&shared.factors_full[p], 0);
+        finish(chain, product, sums, shared, shared.factors[p], tile, k + 1);
       } else {
         sums.store(chain);
       }
       sums = Sums();
       start = 0;
     });
-    wait_for_factors();  // whoever has no unit too: a phase left out would be taken for the next
   }
 }
 
@@ -141,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
       mbarrier_init(&shared.x_full[i], 1);
       mbarrier_init(&shared.x_empty[i], CONSUMER_WARPS);
     }
-    for (int i = 0; i < 2; i++) mbarrier_init(&shared.factors_full[i], 1);
+    for (int i = 0; i < MOST_PRODUCTS; i++) mbarrier_init(&shared.factors_full[i], 1);
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -58,7 +58,7 @@ def shared_bytes(rows: int) -> int:
     """Dynamic shared memory of a CTA: the size of `struct Shared`."""
     stages, x_stages = STAGES[rows]
     boxes = stages * TILE * DEPTH * 2 + x_stages * rows * DEPTH * 2
-    rest = 16 * (stages + x_stages) + 16 + 6 * 4 * rows + 4 * 4 * 8 * 36
+    rest = 16 * (stages + x_stages) + 8 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 4) * rows + 4 * 4 * 8 * 36
     return boxes + -(-rest // 1024) * 1024
 
 

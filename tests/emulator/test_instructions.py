@@ -138,6 +138,7 @@ extern "C" __global__ void k(const float* x, float* out, const __grid_constant__
       unsigned long long* full = &shared.full[step % 2];
       mbarrier_wait_parity(&shared.empty[step % 2], step / 2 % 2 ^ 1);  // read
       FETCH
+      __syncwarp();  // or a lane that has nothing to fetch falls two phases behind, and takes one for the other
     }
   } else {
     float sums[11] = {};

@@ -183,7 +183,7 @@ MUTATIONS = {
         "for (int token",
     ),
     "factors are not waited for": (
-        "if (!know_factors) mbarrier_wait_parity(&shared.factors_full[p % 2], p / 2 % 2);",
+        "mbarrier_wait_parity(&shared.factors_full[p], 0);",
         "",
     ),
     "parts are not waited for": ("if (bits.x != UNWRITTEN) return false;", "return false;"),
