@@ -180,7 +180,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
 
     sub = command("bench generate", "One request: start-up, memory, prefill, decode, and where the time of a decode step goes.")
     _add_result_options(sub, "decode_step_<gpu|cpu>.png, where the time of a decode step goes")
-    sub.add_argument("--runs", type=int, metavar="N", help="repetitions, of which the median counts (default: 5)")
+    sub.add_argument("--runs", type=int, metavar="N", help="repetitions, of which the median counts (default: 5, of a start 3)")
     sub.add_argument("--prompt-tokens", type=int, metavar="N", help="random tokens to prefill (default: 512)")
     sub.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to decode (default: 128)")
     sub.add_argument(
@@ -189,7 +189,16 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument(
         "--context", type=int, nargs="+", metavar="C", help="... of C tokens each; as many numbers as --batch, or one for all"
     )
-    _add_load_format(sub)
+    sub.add_argument(
+        "--cache",
+        default="paged",
+        choices=["paged", "contiguous"],
+        help="contiguous: measure the steps of --batch also over a cache of that kind, with unfused attention",
+    )
+    sub.add_argument(
+        "--peers", action="store_true", help="measure the steps of --batch also with transformers, which must be installed"
+    )
+    _add_load_format(sub, "; without --batch the start is measured, with an empty kernel cache and a filled one")
     _add_model_options(sub, kv_memory=None)
 
     sub = command("bench serving", "Many requests at once: throughput, what each waits, and what the scheduler itself costs.")
@@ -216,6 +225,23 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 2048 on a GPU)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences of a step (default: the largest concurrency, of a rate 256)")
 
+    summary = "How many requests the same KV memory holds, and what they give: reserved slots against pages."
+    sub = command("bench capacity", summary)
+    _add_output(sub)
+    add = sub.add_argument
+    add("--kv-memory", default="16GiB", metavar="SIZE", help="of both: 512MB, 2GiB or bytes (default: 16GiB)")
+    add(
+        "--max-model-len",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="slots reserved a request; prompt and answer are from a 32nd of it to all of it, log-uniform (default: 8192)",
+    )
+    add("--requests", type=int, default=128, metavar="N", help="served by each of the two (default: 128)")
+    add("--tokens", type=int, default=128, metavar="N", help="of an answer, but at most half of the request (default: 128)")
+    _add_load_format(sub)
+    _add_model_options(sub, kv_memory=None)
+
     sub = command("bench plot", "Draw result files, without measuring; prints the path of each picture.")
     sub.add_argument(
         "results",
@@ -226,10 +252,17 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     return parser
 
 
-def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
+        "--output",
+        metavar="PATH",
+        help="write the figures as JSON: a file, or a folder where it gets its usual name; decode_<gpu|cpu>.json, of --batch, "
+        "of a start and of `bench capacity`, keeps what it holds of other cases",
     )
+
+
+def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
+    _add_output(parser)
     parser.add_argument(
         "--plot",
         nargs="?",
@@ -239,12 +272,12 @@ def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
     )
 
 
-def _add_load_format(parser: argparse.ArgumentParser) -> None:
+def _add_load_format(parser: argparse.ArgumentParser, further: str = "") -> None:
     parser.add_argument(
         "--load-format",
         default="auto",
         choices=["auto", "dummy"],
-        help="dummy: random weights; --model may be a bare config.json, like those of scripts/configs",
+        help=f"dummy: random weights; --model may be a bare config.json, like those of scripts/configs{further}",
     )
 
 

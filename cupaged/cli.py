@@ -229,6 +229,7 @@ _COMMANDS = {
     "info": _info,
     "bench generate": _bench("generate"),
     "bench serving": _bench("serving"),
+    "bench capacity": _bench("capacity"),
     "bench plot": _bench("plot"),
 }
 

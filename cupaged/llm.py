@@ -135,7 +135,7 @@ class LLM:
         self._abandoned: deque[RequestOutput] = deque()  # of streams that nobody holds any more
         if threads is not None:
             threadpoolctl.threadpool_limits(threads, "blas")
-        ops, device_index = _select_device(device)
+        ops, device_index = select_device(device)
         self.device = "cpu" if device_index is None else f"cuda:{device_index}"
         self._device = ops.device(device_index or 0)
 
@@ -496,7 +496,7 @@ def _random_weights(config: ModelConfig, ops: ModuleType, dtype: str) -> Iterato
         yield name, ops.repeat(np.ones(1 << 10, np.float32) if "norm" in name else noise, shape, dtype)
 
 
-def _select_device(device: str) -> tuple[ModuleType, int | None]:
+def select_device(device: str) -> tuple[ModuleType, int | None]:
     """The operations to run on, and the index of the GPU (None: the CPU)."""
     match = re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d{1,4})", str(device))
     if match is None:

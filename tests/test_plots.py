@@ -88,7 +88,7 @@ def test_a_result_gets_its_picture_beside_it(tmp_path, capsys, result, name, pic
 def test_pictures_in_the_repository_can_be_drawn_anew(tmp_path):
     for path in RESULTS.glob("*.json"):
         with contextlib.suppress(InvalidArgument):  # of an ablation nothing is drawn
-            size_of(plots.draw(plots.read_result(path), tmp_path / path.name))
+            size_of(plots.draw(results.read_result(path), tmp_path / path.name))
     assert {path.name for path in RESULTS.glob("*.png")} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -6,15 +6,23 @@ The floor of a step is its bytes at the machine's read limit: every weight once,
 from __future__ import annotations
 
 import datetime
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.contiguous import contiguous_step
+from cupaged.bench.limits import machine, num_multiplied, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.peers import check as check_peers
+from cupaged.bench.peers import transformers_steps
+from cupaged.bench.results import card, model_name
+from cupaged.checkpoint.config import load_config
+from cupaged.checkpoint.fetch import resolve
+from cupaged.engine.dtypes import bytes_of, choose_dtype
+from cupaged.engine.kv_pool import activation_bytes
 from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -30,25 +38,29 @@ def bench_decode(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    kv_cache_dtype: str = "auto",
-    threads: int | None = None,
-    load_format: str = "auto",
     tokens: int = 128,
+    cache: str = "paged",
+    peers: bool = False,
     report: Callable[[dict], None] = lambda row: None,
+    **arguments: Any,
 ) -> dict:
     """Measure decode steps of so many sequences of so many tokens each, through the engine, and return a result file.
 
     Args:
-        model, device, dtype, kv_cache_dtype, threads, load_format: as for `LLM`.
+        model, device, dtype: as for `LLM`, and so are further arguments.
         batches, contexts: of equal length, or one of them a single number for all.
         tokens: steps that are measured of each case.
+        cache: "contiguous" measures the same steps over a cache of that kind too (`bench.contiguous`).
+        peers: measure transformers too (`bench.peers`), before the model is loaded.
         report: gets each row once it is known.
 
     Returns:
-        A result file. Of each case two rows: the prefill (s; its share is of the largest matrix product) and the decode step
-        (ms: the median of whole steps of the engine, by the host's clock; tok_s; its share is of the read limit).
+        A result file. Of each case two rows: the prefill (s; its share is of the largest matrix product; scores_gb, what the
+        scores of one layer would be, were they all in memory, and step_gb, what is kept for the largest step here) and the
+        decode step (ms: the median of whole steps of the engine, by the host's clock; tok_s; its share is of the read limit;
+        peers, the milliseconds of others). With the contiguous cache a third, whose ratio is its time over that of the pages.
     """
-    from cupaged import LLM
+    from cupaged.llm import LLM, select_device
 
     for name, values in (("batch", batches), ("context", contexts), ("tokens", [tokens])):
         if not values or min(values) < 1:
@@ -56,40 +68,61 @@ def bench_decode(
     if len(batches) != len(contexts) and 1 not in (len(batches), len(contexts)):
         cause = f"there are {len(batches)} batches and {len(contexts)} contexts"
         raise InvalidArgument(f"{cause}; give as many of both, or one of either")
+    if cache == "contiguous" and arguments.get("kv_cache_dtype", "auto") != "auto":
+        raise InvalidArgument("a contiguous cache is of the model's dtype; leave kv_cache_dtype out")
     count = max(len(batches), len(contexts))
     both = [list(values) * (count if len(values) == 1 else 1) for values in (batches, contexts)]
     cases = list(zip(*both, strict=True))
+    of_peers: list[dict[str, float]] = [{}] * count
+    if peers:
+        check_peers()
+        ops, index = select_device(device)
+        path = Path(model) if Path(model).is_file() else resolve(model)
+        kind = choose_dtype(dtype, load_config(path).dtype or "float32", ops)
+        of_peers = transformers_steps(path, cases, "cpu" if index is None else f"cuda:{index}", kind, tokens)
     # While the last prompts are prefilled, the first sequences grow already.
     llm = LLM(
         model,
         device=device,
         dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        threads=threads,
-        load_format=load_format,
         max_num_seqs=max(batches),
         max_model_len=max(context + tokens + 2 + batch * context // 256 for batch, context in cases),
         kv_memory=None,
         enable_prefix_caching=False,
+        **arguments,
     )
+    threads = arguments.get("threads")
     weight_bytes, kv_bytes = weight_and_kv_bytes(llm)
     bytes_per_s, flop_per_s = read_limit(llm.device, weight_bytes, threads), product_limit(llm, threads)
-    size = re.search(r"(\d+)b$", llm.path.stem)
-    name = f"{size[1]}B" if size else llm.path.stem
+    machine_name = machine(llm.device, threads)
+    name, end = model_name(llm.path), card(machine_name)
+    types = [getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype]
+    kinds = "w={} kv={}".format(*(_SHORT.get(each, each) for each in types))
+    step_bytes = activation_bytes(llm.config, llm.engine.scheduler.max_num_batched_tokens, max(batches))
     rows: list[dict] = []
+
+    def add(case: str, **figures: Any) -> None:
+        rows.append({"case": f"{name} {case}{end}", **figures})
+        report(rows[-1])
+
     _measure(llm, 1, 8, 4)  # compile, warm up
-    for batch, context in cases:
+    for (batch, context), others in zip(cases, of_peers, strict=True):
         seconds, step_ms, num_cached = _measure(llm, batch, context, tokens)
-        flop = 2 * weight_bytes / np.dtype(llm.dtype).itemsize * batch * context
-        rows.append({"case": f"{name} prefill {batch}x{context}", "s": seconds, "share": flop / seconds / flop_per_s})
-        report(rows[-1])
-        read = weight_bytes + kv_bytes * num_cached
-        kinds = f"w={_SHORT.get(llm.dtype, llm.dtype)} kv={_SHORT.get(llm.kv_cache_dtype, llm.kv_cache_dtype)}"
-        figures = {"ms": step_ms, "tok_s": 1e3 * batch / step_ms, "share": read / bytes_per_s / (step_ms / 1e3)}
-        rows.append({"case": f"{name} {batch}x{context} {kinds}", **figures})
-        report(rows[-1])
+        share = 2 * num_multiplied(llm.config) * batch * context / seconds / flop_per_s
+        scores = batch * llm.config.num_heads * context**2 * bytes_of(llm.dtype)
+        add(f"prefill {batch}x{context}", s=seconds, share=share, scores_gb=scores / 1e9, step_gb=step_bytes / 1e9)
+        shape, read = f"{batch}x{context} {kinds}", weight_bytes + kv_bytes * num_cached
+
+        def figures(ms: float, batch: int = batch, read: float = read) -> dict[str, float]:
+            return {"ms": ms, "tok_s": 1e3 * batch / ms, "share": read / bytes_per_s / (ms / 1e3)}
+
+        contiguous_ms = contiguous_step(llm, batch, context, tokens) if cache == "contiguous" else None
+        others = others if contiguous_ms is None else {**others, "contiguous": contiguous_ms}
+        add(shape, **figures(step_ms), **({"peers": others} if others else {}))
+        if contiguous_ms is not None:
+            add(f"{shape} contiguous", **figures(contiguous_ms), ratio={"time over pages": contiguous_ms / step_ms})
     return {
-        "machine": machine(llm.device, threads),
+        "machine": machine_name,
         "limit_tbps": bytes_per_s / 1e12,
         "limit_tflops": flop_per_s / 1e12,
         "date": datetime.date.today().isoformat(),

@@ -16,21 +16,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from cupaged.checkpoint.config import ModelConfig
     from cupaged.llm import LLM
 
 SWEEP_BYTES = 2**31  # several times the largest caches
 
 
+def num_multiplied(config: ModelConfig) -> int:
+    """Weights that one decoded token is multiplied by, or reads."""
+    from cupaged.checkpoint.weights import expected_tensors
+
+    shapes = expected_tensors(config)
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    if not config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
+        count -= int(np.prod(shapes["model.embed_tokens.weight"]))
+    return count
+
+
 def weight_and_kv_bytes(llm: LLM) -> tuple[int, int]:
     """Bytes of weights that one decoded token reads, and bytes of K/V for each token before it."""
-    from cupaged.checkpoint.weights import expected_tensors
     from cupaged.engine.dtypes import bytes_of, kv_bytes_per_token
 
-    shapes = expected_tensors(llm.config)
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
-    if not llm.config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
-        count -= int(np.prod(shapes["model.embed_tokens.weight"]))
-    return count * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+    return num_multiplied(llm.config) * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
 
 
 def read_limit(device: str, model_bytes: int, threads: int | None = None) -> float:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cupaged.bench.results import write_whole
+from cupaged.bench.results import WRITERS, write_whole
 from cupaged.bench.step import OUTSIDE
 from cupaged.errors import InvalidArgument
 
@@ -31,22 +30,6 @@ GREY = "#bbbbbb"
 _SERVED = re.compile(
     r"(?P<model>.+) (?:concurrency (?P<concurrency>\d+)|rate (?P<rate>\d+(?:\.\d+)?(?:e[+-]?\d+)?)/s) (?P<lengths>\d+\+\d+)"
 )
-_WRITERS = "`cupaged bench generate`, `cupaged bench serving` or scripts/bench_attention.py"
-
-
-def read_result(path: str | Path) -> dict:
-    """A result file; InvalidArgument where it is none."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidArgument(f"cannot read {path}: {error.strerror}; give a file that {_WRITERS} wrote") from error
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise InvalidArgument(f"{path} is not JSON ({error}); give a file that {_WRITERS} wrote") from error
-    rows = result.get("rows") if isinstance(result, dict) else None
-    named = rows and isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("case"), str) for row in rows)
-    if not named or not all(isinstance(result.get(name), str) for name in ("machine", "date")):
-        raise InvalidArgument(f"{path} is no result file; give one that {_WRITERS} wrote")
-    return result
 
 
 def draw(result: dict, source: str | Path) -> Path:
@@ -65,7 +48,7 @@ def draw(result: dict, source: str | Path) -> Path:
         function = roofline
     else:
         what = "no steps, requests or cases of attention that can be drawn"
-        raise InvalidArgument(f"{source} holds {what}; give a file that {_WRITERS} of this version wrote")
+        raise InvalidArgument(f"{source} holds {what}; give a file that {WRITERS} of this version wrote")
     path = source.with_name(f"{stem}.png")
     function(result, path)
     return path
@@ -206,7 +189,7 @@ def _number(row: dict, *keys: str, zero: bool = False) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < 0 or (value == 0 and not zero):
         where = f" of {row['case']!r}" if "case" in row else ""
-        raise InvalidArgument(f"{'.'.join(keys)}{where} is {value!r} in the result; give a file that {_WRITERS} wrote")
+        raise InvalidArgument(f"{'.'.join(keys)}{where} is {value!r} in the result; give a file that {WRITERS} wrote")
     return value
 
 
