@@ -198,6 +198,9 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument(
         "--peers", action="store_true", help="measure the steps of --batch also with transformers, which must be installed"
     )
+    sub.add_argument(
+        "--serve", action="store_true", help="send B requests of C tokens at once instead, each answered with --tokens"
+    )
     _add_load_format(sub, "; without --batch the start is measured, with an empty kernel cache and a filled one")
     _add_model_options(sub, kv_memory=None)
 

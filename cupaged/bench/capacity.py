@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from cupaged.bench.decode import warm_up
 from cupaged.bench.limits import machine, read_limit, weight_and_kv_bytes
 from cupaged.bench.results import card, model_name
 from cupaged.errors import CupagedError, InvalidArgument
 
 _SPREAD = 32  # the longest request over the shortest
-_WARM_UP = 64
 
 
 def bench_capacity(
@@ -48,7 +48,7 @@ def bench_capacity(
         A result file of two rows, each over the time in which requests wait: concurrent (requests that run, the mean over that
         time) and most, tok_s (generated), kv_gb. The second one's ratio is to the first.
     """
-    from cupaged import LLM, SamplingParams
+    from cupaged import LLM
 
     for name, value, least in (
         ("max_model_len", max_model_len, 2 * _SPREAD),
@@ -61,7 +61,7 @@ def bench_capacity(
         model,
         kv_memory=kv_memory,
         max_model_len=max_model_len,
-        max_num_seqs=max(num_requests, _WARM_UP),
+        max_num_seqs=num_requests,
         enable_prefix_caching=False,
         **arguments,
     )
@@ -89,9 +89,7 @@ def bench_capacity(
         rows.append({"case": f"{model_name(llm.path)} capacity {case}{card(machine_name)}", **figures})
         report(rows[-1])
 
-    # Compile, and capture the steps of every size that graphs are made for: the batch shrinks by one a step.
-    ends = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in range(1, _WARM_UP)]
-    llm.generate([[1]] * len(ends), ends, use_tqdm=False)
+    warm_up(llm)
     add("contiguous", slots)
     add("paged", math.inf)
     return {

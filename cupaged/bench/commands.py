@@ -32,8 +32,8 @@ def generate(args: argparse.Namespace, write: Write) -> None:
             raise InvalidArgument("--runs and --prompt-tokens have no place beside --batch and --context; leave them out")
         _decode(args, write)
         return
-    if args.peers or args.cache != "paged":
-        raise InvalidArgument("--peers and --cache are for steps of many sequences; give --batch and --context too")
+    if args.peers or args.serve or args.cache != "paged":
+        raise InvalidArgument("--cache, --peers and --serve are for many sequences; give --batch and --context too")
     if args.load_format == "dummy":
         _start(args, given, write)
         return
@@ -63,6 +63,7 @@ def _decode(args: argparse.Namespace, write: Write) -> None:
         tokens=args.tokens,
         cache=args.cache,
         peers=args.peers,
+        serve=args.serve,
         report=lambda row: write(format_row(row) + "\n"),
     )
     _keep(args, result, "decode")

@@ -41,6 +41,7 @@ def bench_decode(
     tokens: int = 128,
     cache: str = "paged",
     peers: bool = False,
+    serve: bool = False,
     report: Callable[[dict], None] = lambda row: None,
     **arguments: Any,
 ) -> dict:
@@ -52,6 +53,7 @@ def bench_decode(
         tokens: steps that are measured of each case.
         cache: "contiguous" measures the same steps over a cache of that kind too (`bench.contiguous`).
         peers: measure transformers too (`bench.peers`), before the model is loaded.
+        serve: measure instead whole requests: all of a case are sent at once, and each is answered with `tokens`.
         report: gets each row once it is known.
 
     Returns:
@@ -59,6 +61,7 @@ def bench_decode(
         scores of one layer would be, were they all in memory, and step_gb, what is kept for the largest step here) and the
         decode step (ms: the median of whole steps of the engine, by the host's clock; tok_s; its share is of the read limit;
         peers, the milliseconds of others). With the contiguous cache a third, whose ratio is its time over that of the pages.
+        With `serve` one: tok_s, of all that is generated over the time until the last request is done.
     """
     from cupaged.llm import LLM, select_device
 
@@ -70,6 +73,8 @@ def bench_decode(
         raise InvalidArgument(f"{cause}; give as many of both, or one of either")
     if cache == "contiguous" and arguments.get("kv_cache_dtype", "auto") != "auto":
         raise InvalidArgument("a contiguous cache is of the model's dtype; leave kv_cache_dtype out")
+    if serve and (peers or cache != "paged"):
+        raise InvalidArgument("peers and other caches are measured by the step, not by the request; leave them or serve out")
     count = max(len(batches), len(contexts))
     both = [list(values) * (count if len(values) == 1 else 1) for values in (batches, contexts)]
     cases = list(zip(*both, strict=True))
@@ -79,14 +84,16 @@ def bench_decode(
         ops, index = select_device(device)
         path = Path(model) if Path(model).is_file() else resolve(model)
         kind = choose_dtype(dtype, load_config(path).dtype or "float32", ops)
-        of_peers = transformers_steps(path, cases, "cpu" if index is None else f"cuda:{index}", kind, tokens)
-    # While the last prompts are prefilled, the first sequences grow already.
+        place = "cpu" if index is None else f"cuda:{index}"
+        of_peers = transformers_steps(path, cases, place, kind, tokens, arguments.get("threads"))
+    # While the last prompts are prefilled, the first sequences grow already; and a sequence takes whole blocks.
+    longest = max(context + tokens + 2 + batch * context // 256 for batch, context in cases)
     llm = LLM(
         model,
         device=device,
         dtype=dtype,
         max_num_seqs=max(batches),
-        max_model_len=max(context + tokens + 2 + batch * context // 256 for batch, context in cases),
+        max_model_len=-(-longest // 16) * 16,
         kv_memory=None,
         enable_prefix_caching=False,
         **arguments,
@@ -105,8 +112,11 @@ def bench_decode(
         rows.append({"case": f"{name} {case}{end}", **figures})
         report(rows[-1])
 
-    _measure(llm, 1, 8, 4)  # compile, warm up
+    warm_up(llm) if serve else _measure(llm, 1, 8, 4)
     for (batch, context), others in zip(cases, of_peers, strict=True):
+        if serve:
+            add(f"serve {batch}x{context}+{tokens}", tok_s=_served(llm, batch, context, tokens))
+            continue
         seconds, step_ms, num_cached = _measure(llm, batch, context, tokens)
         share = 2 * num_multiplied(llm.config) * batch * context / seconds / flop_per_s
         scores = batch * llm.config.num_heads * context**2 * bytes_of(llm.dtype)
@@ -128,6 +138,30 @@ def bench_decode(
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
+
+
+def warm_up(llm: LLM) -> None:
+    """Compile, and capture the steps of every size that graphs are made for: a batch of 63 shrinks by one a step."""
+    from cupaged import SamplingParams
+
+    lengths = range(1, min(64, llm.max_model_len))
+    ends = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
+    llm.generate([[1]] * len(ends), ends, use_tqdm=False)
+
+
+def _served(llm: LLM, batch: int, context: int, tokens: int) -> float:
+    """Tokens a second of so many requests, from the first step to the end of the last."""
+    from cupaged import SamplingParams
+
+    ids = np.random.default_rng().integers(0, llm.config.vocab_size, (batch, context)).tolist()
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    start = time.perf_counter()
+    requests = llm.generate([{"prompt_token_ids": each} for each in ids], params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    for request in requests:
+        if request.error is not None:
+            raise CupagedError(request.error)
+    return batch * tokens / seconds
 
 
 def _measure(llm: LLM, batch: int, context: int, tokens: int) -> tuple[float, float, float]:

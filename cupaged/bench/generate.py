@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, num_multiplied, product_limit, read_limit, weight_and_kv_bytes
 from cupaged.bench.step import decode_step
 from cupaged.errors import CupagedError, InvalidArgument
 
@@ -52,7 +52,6 @@ def bench_generate(
     """
     from cupaged import LLM, SamplingParams
     from cupaged.checkpoint.fetch import resolve
-    from cupaged.engine.dtypes import bytes_of
 
     for name, value in (("runs", runs), ("prompt_tokens", prompt_tokens), ("tokens", tokens)):
         if value < (3 if name == "tokens" else 1):
@@ -107,7 +106,7 @@ def bench_generate(
     bytes_per_s = max(bytes_per_s, read_limit(llm.device, weight_bytes, threads))
     flop_per_s = max(flop_per_s, product_limit(llm, threads))
     prefill_tok_s, decode_tok_s = statistics.median(prefill[1:]), statistics.median(decode[1:])
-    weights = weight_bytes / bytes_of(llm.dtype)
+    weights = num_multiplied(llm.config)
     add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weights * prefill_tok_s / flop_per_s)
     bytes_per_token = weight_bytes + kv_bytes * (prompt_tokens + tokens / 2)
     add(f"decode {tokens} after {prompt_tokens}", tok_s=decode_tok_s, share=bytes_per_token * decode_tok_s / bytes_per_s)

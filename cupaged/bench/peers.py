@@ -20,13 +20,12 @@ from cupaged.errors import InvalidArgument
 
 def check() -> None:
     """InvalidArgument unless there is what to measure."""
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidArgument(f"--peers measures transformers, and {' and '.join(missing)} is not installed; leave it out")
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        raise InvalidArgument("--peers measures transformers, which is not installed; pip install torch transformers")
 
 
 def transformers_steps(
-    model: Path, cases: Sequence[tuple[int, int]], device: str, dtype: str, tokens: int
+    model: Path, cases: Sequence[tuple[int, int]], device: str, dtype: str, tokens: int, threads: int | None = None
 ) -> list[dict[str, float]]:
     """Of each case (sequences, tokens of each) the median milliseconds of a step, by the peer's name; {} where it has no room.
 
@@ -34,17 +33,23 @@ def transformers_steps(
         model: a config.json, or the folder that it is in.
         device, dtype: "cpu" or "cuda:N", and what to compute in.
         tokens: steps that are measured of each case.
+        threads: of the CPU; default: what torch takes.
     """
     path = model / "config.json" if model.is_dir() else model
     question = {"path": str(path), "cases": list(cases), "device": device, "dtype": dtype, "tokens": tokens}
+    question["threads"] = threads
     return child.ask("cupaged.bench.peers", question)[1]
 
 
-def measure(path: str, cases: list[list[int]], device: str, dtype: str, tokens: int) -> list[dict[str, float]]:
+def measure(
+    path: str, cases: list[list[int]], device: str, dtype: str, tokens: int, threads: int | None
+) -> list[dict[str, float]]:
     """Random weights and a random cache of the geometry, then one token of every sequence at a time."""
     import torch
     import transformers
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     torch.set_default_dtype(getattr(torch, dtype))
