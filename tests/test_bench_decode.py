@@ -148,7 +148,7 @@ def test_types_of_weights_are_in_the_case(bare, monkeypatch, quick):
     monkeypatch.setattr(LLM, "quantization", "int4", raising=False)
     options = {"device": "cpu", "load_format": "dummy", "kv_cache_dtype": "fp8", "threads": 1}
     result = bench_decode(str(bare), [1], [9], tokens=2, **options)
-    assert [row["case"] for row in result["rows"]] == ["1B prefill 1x9", "1B 1x9 w=int4 kv=fp8"]
+    assert [row["case"] for row in result["rows"]] == ["1B prefill 1x9 w=int4 kv=fp8", "1B 1x9 w=int4 kv=fp8"]
 
 
 def test_whole_requests_are_served_at_once(bare, tmp_path, capsys, quick):
@@ -216,9 +216,12 @@ def test_transformers_is_measured_where_it_is_installed(bare):
 
 
 def test_a_start_is_measured_in_fresh_processes(bare, tmp_path, capsys, quick):
-    assert run(bare, "generate", "--runs", "1", "--output", tmp_path) == 0
+    options = ["--runs", "1", "--output", tmp_path]
+    assert run(bare, "generate", *options) == 0
+    assert run(bare, "generate", *options, "--kv-cache-dtype", "fp8") == 0
     result = json.loads((tmp_path / "decode_cpu.json").read_text())
-    assert [row["case"] for row in result["rows"]] == ["1B start cold", "1B start warm"]
+    cases = [f"1B start {state}{types}" for types in ("", " kv_cache_dtype=fp8") for state in ("cold", "warm")]
+    assert [row["case"] for row in result["rows"]] == cases
     for row in result["rows"]:
         assert 0.05 < row["s"] < 30
         assert 0 < row["weights_s"] < 30
@@ -261,7 +264,7 @@ def test_pages_hold_more_requests_than_slots(bare, tmp_path, capsys, quick):
     assert slots["kv_gb"] == pages["kv_gb"] == 16 * 16 * 1536 / 1e9
     assert slots["most"] == 2
     assert 1.5 < slots["concurrent"] <= 2
-    assert pages["ratio"] == {name: pages[name] / slots[name] for name in ("concurrent", "tok_s")}
+    assert pages["ratio"] == {name: pages[name] / slots[name] for name in ("concurrent", "most", "tok_s")}
     assert 2 < pages["ratio"]["concurrent"] < 6
     assert pages["most"] > slots["most"]
     assert "requests at a time" in capsys.readouterr().out

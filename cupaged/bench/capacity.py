@@ -17,7 +17,7 @@ from typing import Any
 
 from cupaged.bench.decode import warm_up
 from cupaged.bench.limits import machine, read_limit, weight_and_kv_bytes
-from cupaged.bench.results import card, model_name
+from cupaged.bench.results import card, model_name, types_if_unusual
 from cupaged.errors import CupagedError, InvalidArgument
 
 _SPREAD = 32  # the longest request over the shortest
@@ -81,12 +81,13 @@ def bench_capacity(
         raise InvalidArgument(f"kv_memory holds all {num_requests} requests at once; lower it, or give more requests")
     threads = arguments.get("threads")
     machine_name, rows = machine(llm.device, threads), []
+    unusual = types_if_unusual(getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype)
 
     def add(case: str, limit: float) -> None:
         figures = {**_serve(llm, requests, limit), "kv_gb": pool.bytes / 1e9}
         if rows:
-            figures["ratio"] = {name: figures[name] / rows[0][name] for name in ("concurrent", "tok_s")}
-        rows.append({"case": f"{model_name(llm.path)} capacity {case}{card(machine_name)}", **figures})
+            figures["ratio"] = {name: figures[name] / rows[0][name] for name in ("concurrent", "most", "tok_s")}
+        rows.append({"case": f"{model_name(llm.path)} capacity {case}{unusual}{card(machine_name)}", **figures})
         report(rows[-1])
 
     warm_up(llm)

@@ -18,7 +18,7 @@ from cupaged.bench.contiguous import contiguous_step
 from cupaged.bench.limits import machine, num_multiplied, product_limit, read_limit, weight_and_kv_bytes
 from cupaged.bench.peers import check as check_peers
 from cupaged.bench.peers import transformers_steps
-from cupaged.bench.results import card, model_name
+from cupaged.bench.results import card, model_name, types, types_if_unusual
 from cupaged.checkpoint.config import load_config
 from cupaged.checkpoint.fetch import resolve
 from cupaged.engine.dtypes import bytes_of, choose_dtype
@@ -27,8 +27,6 @@ from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
-
-_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def bench_decode(
@@ -65,20 +63,12 @@ def bench_decode(
     """
     from cupaged.llm import LLM, select_device
 
-    for name, values in (("batch", batches), ("context", contexts), ("tokens", [tokens])):
-        if not values or min(values) < 1:
-            raise InvalidArgument(f"{name} is {min(values, default=None)}; give numbers of at least 1")
-    if len(batches) != len(contexts) and 1 not in (len(batches), len(contexts)):
-        cause = f"there are {len(batches)} batches and {len(contexts)} contexts"
-        raise InvalidArgument(f"{cause}; give as many of both, or one of either")
+    cases = _cases(batches, contexts, tokens)
     if cache == "contiguous" and arguments.get("kv_cache_dtype", "auto") != "auto":
         raise InvalidArgument("a contiguous cache is of the model's dtype; leave kv_cache_dtype out")
     if serve and (peers or cache != "paged"):
         raise InvalidArgument("peers and other caches are measured by the step, not by the request; leave them or serve out")
-    count = max(len(batches), len(contexts))
-    both = [list(values) * (count if len(values) == 1 else 1) for values in (batches, contexts)]
-    cases = list(zip(*both, strict=True))
-    of_peers: list[dict[str, float]] = [{}] * count
+    of_peers: list[dict[str, float]] = [{}] * len(cases)
     if peers:
         check_peers()
         ops, index = select_device(device)
@@ -103,8 +93,8 @@ def bench_decode(
     bytes_per_s, flop_per_s = read_limit(llm.device, weight_bytes, threads), product_limit(llm, threads)
     machine_name = machine(llm.device, threads)
     name, end = model_name(llm.path), card(machine_name)
-    types = [getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype]
-    kinds = "w={} kv={}".format(*(_SHORT.get(each, each) for each in types))
+    kinds = getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype
+    unusual = types_if_unusual(*kinds)
     step_bytes = activation_bytes(llm.config, llm.engine.scheduler.max_num_batched_tokens, max(batches))
     rows: list[dict] = []
 
@@ -115,13 +105,14 @@ def bench_decode(
     warm_up(llm) if serve else _measure(llm, 1, 8, 4)
     for (batch, context), others in zip(cases, of_peers, strict=True):
         if serve:
-            add(f"serve {batch}x{context}+{tokens}", tok_s=_served(llm, batch, context, tokens))
+            add(f"serve {batch}x{context}+{tokens}{unusual}", tok_s=_served(llm, batch, context, tokens))
             continue
         seconds, step_ms, num_cached = _measure(llm, batch, context, tokens)
         share = 2 * num_multiplied(llm.config) * batch * context / seconds / flop_per_s
         scores = batch * llm.config.num_heads * context**2 * bytes_of(llm.dtype)
-        add(f"prefill {batch}x{context}", s=seconds, share=share, scores_gb=scores / 1e9, step_gb=step_bytes / 1e9)
-        shape, read = f"{batch}x{context} {kinds}", weight_bytes + kv_bytes * num_cached
+        sizes = {"scores_gb": scores / 1e9, "step_gb": step_bytes / 1e9}
+        add(f"prefill {batch}x{context}{unusual}", s=seconds, share=share, **sizes)
+        shape, read = f"{batch}x{context} {types(*kinds)}", weight_bytes + kv_bytes * num_cached
 
         def figures(ms: float, batch: int = batch, read: float = read) -> dict[str, float]:
             return {"ms": ms, "tok_s": 1e3 * batch / ms, "share": read / bytes_per_s / (ms / 1e3)}
@@ -138,6 +129,19 @@ def bench_decode(
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
+
+
+def _cases(batches: Sequence[int], contexts: Sequence[int], tokens: int) -> list[tuple[int, int]]:
+    """(batch, context) of each case; InvalidArgument where they do not go together."""
+    for name, values in (("batch", batches), ("context", contexts), ("tokens", [tokens])):
+        if not values or min(values) < 1:
+            raise InvalidArgument(f"{name} is {min(values, default=None)}; give numbers of at least 1")
+    if len(batches) != len(contexts) and 1 not in (len(batches), len(contexts)):
+        cause = f"there are {len(batches)} batches and {len(contexts)} contexts"
+        raise InvalidArgument(f"{cause}; give as many of both, or one of either")
+    count = max(len(batches), len(contexts))
+    both = [list(values) * (count if len(values) == 1 else 1) for values in (batches, contexts)]
+    return list(zip(*both, strict=True))
 
 
 def warm_up(llm: LLM) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cupaged.errors import InvalidArgument
 
 WRITERS = "`cupaged bench generate`, `cupaged bench serving` or scripts/bench_attention.py"
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _MERGED = "decode"  # the kind of file that holds rows of several runs
 
 
@@ -38,6 +39,17 @@ def model_name(path: Path) -> str:
     """What the cases of decode files call a model: 7B if its file or folder is called so, as llama-2-7b is; else that name."""
     size = re.search(r"(\d+)b$", path.stem)
     return f"{size[1]}B" if size else path.stem
+
+
+def types(weights: str, kv: str) -> str:
+    """What the cases of decode files say of the types of weights and K/V: "w=bf16 kv=fp8"."""
+    return f"w={_SHORT.get(weights, weights)} kv={_SHORT.get(kv, kv)}"
+
+
+def types_if_unusual(weights: str, kv: str) -> str:
+    """The same behind a blank, for cases that name no types where both are bfloat16, or on a CPU float32: then nothing."""
+    text = types(weights, kv)
+    return "" if text in ("w=bf16 kv=bf16", "w=f32 kv=f32") else f" {text}"
 
 
 def card(machine: str) -> str:

@@ -39,8 +39,9 @@ def bench_start(
     """
     if runs < 1:
         raise InvalidArgument(f"runs is {runs}; give at least 1")
-    threads, weights = arguments.get("threads"), arguments.get("quantization")
-    name = model_name(Path(model)) + (f" w={weights}" if weights else "")
+    threads = arguments.get("threads")
+    given = {name: arguments.get(name) or "auto" for name in ("dtype", "kv_cache_dtype", "quantization")}
+    end = "".join(f" {name}={value}" for name, value in given.items() if value != "auto")
     question, machine_name, rows = {"model": model, "device": device, **arguments}, machine(device, threads), []
 
     def measured(folder: str) -> dict:
@@ -51,7 +52,7 @@ def bench_start(
 
     def add(case: str, starts: list[dict]) -> None:
         median = sorted(starts, key=lambda start: start["s"])[len(starts) // 2]
-        rows.append({"case": f"{name} start {case}{card(machine_name)}", **median})
+        rows.append({"case": f"{model_name(Path(model))} start {case}{end}{card(machine_name)}", **median})
         report(rows[-1])
 
     folders = [tempfile.TemporaryDirectory(prefix="cupaged-") for _ in range(runs)]
