@@ -26,7 +26,7 @@ def load(folder, kv_dtype):
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
 def test_tokens_are_the_same_as_without(tmp_path, monkeypatch, kv_dtype):
-    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
+    folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS["llama-gqa"])
     rng = np.random.default_rng([SEED, 72])
     vocab = load(folder, kv_dtype).config.vocab_size
     prompts = [{"prompt_token_ids": rng.integers(0, vocab, n).tolist()} for n in rng.integers(1, 40, 64)]
@@ -62,7 +62,7 @@ def test_tokens_are_the_same_as_without(tmp_path, monkeypatch, kv_dtype):
 
 def test_ends_that_nobody_foresees(tmp_path):
     """The others' rows of the step ahead move. One batch more or less moves roundings, too."""
-    llm = load(tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"]), "auto")
+    llm = load(tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS["llama-gqa"]), "auto")
     rng = np.random.default_rng([SEED, 73])
     vocab = llm.config.vocab_size
     prompts = [{"prompt_token_ids": rng.integers(0, vocab, n).tolist()} for n in rng.integers(1, 40, 64)]

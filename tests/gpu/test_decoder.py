@@ -14,7 +14,7 @@ from cupaged.ops import cuda, products
 
 
 def load(tmp_path, name="llama-gqa", **options):
-    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+    folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
     llm = LLM(folder, device="cuda", dtype="bfloat16", kv_memory="64MiB", **options)
     if llm.engine.model.decoder is None:
         pytest.skip("captured decode steps need compute capability 9.0")
