@@ -241,15 +241,18 @@ struct Finishing {
       for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { add(turned, octet, ahead.residual[i]); });
     } else {
       Angles angles[AT_ONCE];
-      for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { fetch_angles(angles[i], octet); });
-      for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { qkv(turned, octet, angles[i]); });
+      if (AT_ONCE > 1) for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { fetch_angles(angles[i], octet); });
+      for_each_octet(tile, phase, round, [&](int i, const Octet& octet) {
+        if (AT_ONCE == 1) fetch_angles(angles[i], octet);
+        qkv(turned, octet, angles[i]);
+      });
     }
   }
 
   // After the last tile of a CTA that has any.
   __device__ __forceinline__ void publish() const {
     if (product.finish == ADD && product.gain != nullptr && threadIdx.x < TOKENS) {
-      store_for_others(product.squares + Cut(product).rank() * TOKENS + threadIdx.x, squares);
+      store_for_others(product.squares + blockIdx.x * TOKENS + threadIdx.x, squares);
     }
     fence_proxy_async_global();
     named_barrier_sync(CONSUMERS, CONSUMER_THREADS);

@@ -5,7 +5,7 @@
 
 constexpr int STRIP = 8;                      // rows of weights that an mma has as columns
 constexpr int SLICE = 256;                    // of the inner dimension: what of x is in shared memory at once
-constexpr int BLOCK = 64;                     // scalars of 128 bytes, the width of a box
+constexpr int BLOCK = 64, BLOCKS = SLICE / BLOCK;  // scalars of 128 bytes
 constexpr int STAGE_STRIPS = 4;               // of one slice, in a stage
 constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in registers at once
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
@@ -19,7 +19,7 @@ static_assert(CONSUMER_WARPS / TOKEN_PARTS * WARP_STRIPS == STAGE_STRIPS);
 constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
 
 #ifndef MOST_UNDER_WAY
-#define MOST_UNDER_WAY 3
+#define MOST_UNDER_WAY 4
 #endif
 #ifndef PATIENCE
 #define PATIENCE 2000000000ull  // nanoseconds
@@ -68,7 +68,7 @@ static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/products.py");
 // ROWS rows of a slice, as boxes of 128 bytes of each row with the 128-byte swizzle: piece p (16 bytes) of row r at p XOR r % 8.
 template <int ROWS>
 struct alignas(1024) Slice {
-  scalar at[SLICE / BLOCK][ROWS][BLOCK];
+  scalar at[BLOCKS][ROWS][BLOCK];
 
   __device__ __forceinline__ const scalar* piece(int block, int row, int number) const {
     return &at[block][row][(number ^ row % 8) * 8];
@@ -101,18 +101,16 @@ struct Turn {
 
 // Which strips of a product a CTA has: as many as the others, or one less; in pairs where two are finished together.
 struct Cut {
-  int unit, units, ctas;
+  int unit, units, ctas, each, more;  // the first `more` CTAs have one unit more than `each`
 
   __device__ __forceinline__ explicit Cut(const Product& product)
       : unit(product.finish == SWIGLU || product.finish == QKV ? 2 : 1),
         units((product.num_rows + STRIP * unit - 1) / (STRIP * unit)),
-        ctas(min(units, static_cast<int>(gridDim.x))) {}  // that have any
+        ctas(min(units, static_cast<int>(gridDim.x))),  // that have any
+        each(units / static_cast<int>(gridDim.x)),
+        more(units % static_cast<int>(gridDim.x)) {}
 
-  __device__ __forceinline__ int begin(int cta) const {
-    return unit * static_cast<int>(static_cast<long long>(units) * cta / static_cast<int>(gridDim.x));
-  }
-  // This CTA among those that have any.
-  __device__ __forceinline__ int rank() const { return ctas < static_cast<int>(gridDim.x) ? begin(blockIdx.x) / unit : blockIdx.x; }
+  __device__ __forceinline__ int begin(int cta) const { return unit * (cta * each + min(cta, more)); }
 };
 
 // f(first strip, number of strips) for the tiles of this CTA, of about the same size.
@@ -129,10 +127,19 @@ __device__ __forceinline__ void for_each_tile(const Product& product, F f) {
 
 __device__ __forceinline__ int num_slices(const Product& product) { return (product.inner + SLICE - 1) / SLICE; }
 
+// f(slice) for all of them. The CTAs begin at different ones: no two neighbours want the same of x, and of memory not all the same
+// columns.
+template <class F>
+__device__ __forceinline__ void for_each_slice(const Product& product, F f) {
+  const int slices = num_slices(product), first = blockIdx.x % slices;
+  for (int slice = first; slice < slices; slice++) f(slice);
+  for (int slice = 0; slice < first; slice++) f(slice);
+}
+
 // The first row of a strip. QKV's take turns between the halves of a head, whose elements turn together.
 __device__ __forceinline__ int row_of_strip(const Product& product, const Append& append, int strip) {
   if (product.finish != QKV) return STRIP * strip;
-  const int of_head = append.head_dim / STRIP, number = strip % of_head;
+  const int of_head = append.head_dim / STRIP, number = strip & (of_head - 1);
   return (strip - number + number % 2 * (of_head / 2) + number / 2) * STRIP;
 }
 

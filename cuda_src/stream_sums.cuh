@@ -1,17 +1,18 @@
 // The sums of a tile in registers: tokens are the rows of an mma, rows of weights its columns.
 //
 //   x [16 tokens, 16] from a slice, ldmatrix -> A       weights [8 rows, 16] of a strip, ldmatrix -> B
-//
-// Every sum runs over the inner dimension from its beginning to its end, whatever the number of tokens.
 #pragma once
 #include "stream_products.cuh"
 
-constexpr int BLOCKS = SLICE / BLOCK, KEPT = WARP_STRIPS > 1 ? BLOCKS : 1;  // of a slice of x; and how many are in registers
+constexpr int KEPT = WARP_STRIPS > 2 ? BLOCKS : 1;  // of a slice of x; and how many are in registers
 
-// A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[stage][strip][2 * h + i] is token g + 8 h of the warp's and row
-// 2 t + i of the strip.
+// An mma waits for the one before it in its chain; those of other strips and chains fill the time.
+constexpr int CHAINS = WARP_STRIPS < 4 ? 2 : 1;
+
+// A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[stage][strip][chain][2 * h + i] is of token g + 8 h of the warp's
+// and row 2 t + i of the strip.
 struct Sums {
-  float sum[TILE_STAGES][WARP_STRIPS][4] = {};
+  float sum[TILE_STAGES][WARP_STRIPS][CHAINS][4] = {};
   unsigned tokens[KEPT][4][4];  // of 4 steps each: an mma's inner dimension is 16
 
   __device__ static __forceinline__ int first_token() { return threadIdx.x / 32 % TOKEN_PARTS * 16; }
@@ -48,19 +49,26 @@ struct Sums {
   __device__ __forceinline__ void add(int stage, const Slice<STRIP> (&strips)[STAGE_STRIPS], int count, const Slice<TOKENS>& x) {
     const int lane = threadIdx.x % 32;
     if (first_strip() >= count) return;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++) {
-      unsigned(&a)[4][4] = tokens[block % KEPT];
-      if constexpr (KEPT < BLOCKS) load_tokens(a, x, block);
+    // Of half a block; a strip that is not there is what was there before, and nobody wants its sums.
+    unsigned b[2][WARP_STRIPS][4];
+    const auto load_strips = [&](unsigned(&into)[WARP_STRIPS][4], int half) {
 #pragma unroll
       for (int s = 0; s < WARP_STRIPS; s++) {
-        if (first_strip() + s >= count) continue;
+        ldmatrix_x4(into[s], strips[first_strip() + s].piece(half / 2, lane % 8, half % 2 * 4 + lane / 8));
+      }
+    };
+    load_strips(b[0], 0);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          unsigned b[4];
-          ldmatrix_x4(b, strips[first_strip() + s].piece(block, lane % 8, 4 * half + lane / 8));
-          mma_of_scalars(sum[stage][s], a[2 * half], b[0], b[1]);
-          mma_of_scalars(sum[stage][s], a[2 * half + 1], b[2], b[3]);
+    for (int half = 0; half < 2 * BLOCKS; half++) {
+      unsigned(&a)[4][4] = tokens[half / 2 % KEPT];
+      if (KEPT < BLOCKS && half % 2 == 0) load_tokens(a, x, half / 2);
+      if (half + 1 < 2 * BLOCKS) load_strips(b[(half + 1) % 2], half + 1);
+#pragma unroll
+      for (int step = 0; step < 2; step++) {
+#pragma unroll
+        for (int s = 0; s < WARP_STRIPS; s++) {
+          const unsigned(&strip)[4] = b[half % 2][s];
+          mma_of_scalars(sum[stage][s][step % CHAINS], a[half % 2 * 2 + step], strip[2 * step], strip[2 * step + 1]);
         }
       }
     }
@@ -74,7 +82,9 @@ struct Sums {
 #pragma unroll
       for (int h = 0; h < (TOKENS < 16 ? 1 : 2); h++) {
         float* target = &turned[first_token() + 8 * h + lane / 4][column + (first_strip() + s) * STRIP + lane % 4 * 2];
-        store(target, vec<float, 2>{sum[stage][s][2 * h], sum[stage][s][2 * h + 1]});
+        vec<float, 2> both = {sum[stage][s][0][2 * h], sum[stage][s][0][2 * h + 1]};
+        if constexpr (CHAINS == 2) both = {both.at[0] + sum[stage][s][1][2 * h], both.at[1] + sum[stage][s][1][2 * h + 1]};
+        store(target, both);
       }
     }
   }

@@ -41,16 +41,16 @@ __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shar
     mbarrier_arrive_expect_tx(full, count * sizeof(Slice<STRIP>));
     for (int i = 0; i < count; i++) {
       const int row = row_of_strip(product, chain.append, first_strip + i);
-      tensor_copy_3d_hint(&shared.weights[turn.stage][i], &product.weights, 0, row, slice * (SLICE / BLOCK), full, once);
+      tensor_copy_3d_hint(&shared.weights[turn.stage][i], &product.weights, 0, row, slice * BLOCKS, full, once);
     }
     turn.advance();
   };
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
     for_each_tile(product, [&](int first, int count) {
-      for (int slice = 0; slice < num_slices(product); slice++) {
+      for_each_slice(product, [&](int slice) {
         for (int i = 0; i < count; i += STAGE_STRIPS) fetch(product, first + i, min(STAGE_STRIPS, count - i), slice);
-      }
+      });
     });
   }
 }
@@ -62,13 +62,13 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
     if (p) wait_for(chain.products[p - 1], chain.flag);
     fence_proxy_async_global();
     for_each_tile(product, [&](int, int) {
-      for (int slice = 0; slice < num_slices(product); slice++) {
+      for_each_slice(product, [&](int slice) {
         mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
         unsigned long long* full = &shared.x_full[turn.stage];
         mbarrier_arrive_expect_tx(full, sizeof(Slice<TOKENS>));
-        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * (SLICE / BLOCK), full);
+        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * BLOCKS, full);
         turn.advance();
-      }
+      });
     });
   }
 }
@@ -126,6 +126,7 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
     bool any = false;
     for_each_tile(product, [&](int first, int count) {
       const Tile tile{first, count};
+      mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);  // all that came before is there
       Finishing::Ahead ahead = finishing.fetch(tile);
       Sums sums;
       for (int left = num_slices(product); left > 0; left--) {
