@@ -65,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(TILE)
     least = fminf(least, __shfl_xor_sync(0xffffffffu, least, distance));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
   }
-  least = fminf(fmaxf(least, -65504.0f), 65504.0f) + 0.0f;  // + 0: no -0, of which nobody says when it is least
+  least = fminf(fmaxf(least, -65504.0f), 65504.0f) + 0.0f;  // + 0: no -0, which fminf may take for it or not
   const unsigned short zero = cvt_rp_f16(-least) ^ 0x8000;
   const float from = cvt_f32_f16(zero);
   const unsigned short scale = cvt_rp_f16(fminf((largest - from) / 15.0f, 65504.0f) + 0.0f);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -77,10 +77,10 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-def variants_of_weights(kind: str, dtype: str) -> list[jit.Variant]:
-    """The kernels for matrices of a kind that `quantize` knows, beside activations of a type."""
-    defines = {**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]}
-    return [(_SOURCES[name], name, defines) for name in ("quantize", "dequantize")]
+def variants_of_weights(kinds: Iterable[str], dtype: str) -> list[jit.Variant]:
+    """The kernels for matrices of kinds that `quantize` knows, beside activations of a type: for `compiling`."""
+    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds]
+    return [(_SOURCES[name], name, each) for each in defines for name in ("quantize", "dequantize")]
 
 
 def compiling(

@@ -25,7 +25,7 @@ are kept there:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -50,6 +50,11 @@ def compiling(
 ) -> contextlib.AbstractContextManager:
     """Context beside whose body a model's operations are compiled; here there is nothing to compile."""
     return contextlib.nullcontext()
+
+
+def variants_of_weights(kinds: Iterable[str], dtype: str) -> list:
+    """What `compiling` takes more for matrices of kinds that `quantize` knows; here nothing."""
+    return []
 
 
 def check() -> None:

@@ -51,10 +51,17 @@ class QuantizedMatrix:
         return self.codes.nbytes + self.scales.nbytes
 
 
+def check_kind(kind: object) -> None:
+    """InvalidArgument unless it is one of KINDS."""
+    if kind not in KINDS:
+        raise InvalidArgument(
+            f"quantization is {kind!r}; give {', '.join(map(repr, KINDS[:-1]))} or {KINDS[-1]!r}, or leave it out"
+        )
+
+
 def group_of(kind: str, inner: int, name: str = "a matrix") -> int:
     """Columns that share a scale, of rows of so many; InvalidArgument where the kind is unknown or not for such rows."""
-    if kind not in KINDS:
-        raise InvalidArgument(f"quantization is {kind!r}; give {', '.join(map(repr, KINDS))} or None")
+    check_kind(kind)
     if kind != "int4":
         if inner % _MULTIPLE:
             cause = f"quantization {kind!r} takes rows of a multiple of {_MULTIPLE} weights, and those of {name} have {inner}"
