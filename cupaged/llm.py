@@ -30,7 +30,7 @@ from cupaged.engine.outputs import CompletionOutput, EngineStats, RequestMetrics
 from cupaged.engine.speculative import NgramProposer, Proposer
 from cupaged.errors import CupagedError, DeviceError, InvalidArgument
 from cupaged.model.llama import Llama
-from cupaged.model.parameters import check_quantization, kind_of, unquantised_bytes
+from cupaged.model.parameters import check_quantization, kinds, unquantised_bytes
 from cupaged.model.sampling import SamplingParams
 from cupaged.ops.quantized import check_kind
 
@@ -70,8 +70,8 @@ class LLM:
         kv_memory: bytes of the KV pool, as a number or like "24MB"; default: enough for max_num_seqs full sequences,
             within a quarter of the free memory of the CPU or gpu_memory_utilization.
         gpu_memory_utilization: share of a GPU's memory that weights and pool may take.
-        quantization: "int8", "fp8" or "int4": the matrices are kept as codes of 8 or 4 bits with float16 scales, quantised while
-            they are loaded; of "fp8" the output head is int8. Embedding, norms and biases stay. None: as `dtype` says.
+        quantization: "int8", "fp8" or "int4": the matrices become codes of 8 or 4 bits with float16 scales while they are
+            loaded; with "fp8" the output head is int8. Embedding, norms and biases stay. None: all weights are of `dtype`.
         load_format: "auto", or "dummy" for random weights (to measure speed without a download). `model` may then be a bare
             config.json, by any name; prompts are token ids, and texts empty, if there is no tokenizer.
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
@@ -151,8 +151,7 @@ class LLM:
         bare = load_format == "dummy" and os.path.isfile(model)  # a config.json by whatever name
         self.path = Path(model) if bare else resolve(str(model))
         self.config: ModelConfig = load_config(self.path)
-        if quantization is not None:
-            check_quantization(self.config, quantization)
+        check_quantization(self.config, quantization)
         self.generation_config = load_generation_config(self.path)
         if bare and tokenizer is None:
             self.tokenizer = Tokenizer.without_text()
@@ -175,14 +174,12 @@ class LLM:
             decoder = None if eager else importlib.import_module("cupaged.model.decoder")
             types = self.dtype, stored_as(self.kv_cache_dtype)
             graphs = decoder.variants(self.config, *types) if decoder else []
-            kinds = set() if quantization is None else {kind_of(field, quantization) for field in ("qkv", "head")}
-            also = [*graphs, *ops.variants_of_weights(kinds, self.dtype)]
+            also = [*graphs, *ops.variants_of_weights(kinds(quantization), self.dtype)]
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
                 weights = weights or _random_weights(self.config, ops, self.dtype)
                 llama = Llama(self.config, weights, ops, self.dtype, longest, quantization)
             reserved = activation_bytes(self.config, step_tokens, max_num_seqs * (1 + max_draft))
-            if quantization is not None:  # what is dequantised of a matrix at a time, and what the load left in pieces
-                reserved += unquantised_bytes(self.config, self.dtype)
+            reserved += unquantised_bytes(self.config, self.dtype, quantization)  # free now, but in pieces; and for products
             num_blocks = blocks_that_fit(
                 ops,
                 self.config,
@@ -222,7 +219,12 @@ class LLM:
             max_draft=max_draft,
         )
         self.load_seconds = time.perf_counter() - started
-        logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.dtype, self.load_seconds)
+        logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.precision, self.load_seconds)
+
+    @property
+    def precision(self) -> str:
+        """For people to read: the dtype, and what the weights are if that is another."""
+        return self.dtype if self.quantization is None else f"{self.dtype} with {self.quantization} weights"
 
     def _batch_invariant(self, device_index: int | None) -> ModuleType:
         """The operations of `batch_invariant`; InvalidArgument where there are none."""

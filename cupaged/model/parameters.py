@@ -86,7 +86,7 @@ def load(
     def came(owner: Parameters | Layer, number: int, field: str) -> None:
         parts[number, field] += 1
         if field in quantised and parts[number, field] == _PARTS.get(field, 1):
-            setattr(owner, field, ops.quantize(getattr(owner, field), kind_of(field, quantization)))
+            setattr(owner, field, ops.quantize(getattr(owner, field), _kind_of(field, quantization)))
 
     for name, array in weights:
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -114,15 +114,20 @@ def load(
 # ---- what is quantised, and how many bytes that is
 
 
-def kind_of(field: str, quantization: str) -> str:
-    """The kind of `ops.quantized` that a matrix of `Layer`, or "head", becomes."""
+def kinds(quantization: str | None) -> set[str]:
+    """The kinds of `ops.quantized` that the matrices of a model become."""
+    return set() if quantization is None else {_kind_of(field, quantization) for field in ("qkv", "head")}
+
+
+def _kind_of(field: str, quantization: str) -> str:
     return _HEAD.get(quantization, quantization) if field == "head" else quantization
 
 
-def check_quantization(config: ModelConfig, quantization: str) -> None:
-    """InvalidArgument, naming the matrix, where the kind is not for one of the model's."""
-    for field, (_, inner) in _shapes(config).items():
-        group_of(kind_of(field, quantization), inner, f"the model's {field} matrix")
+def check_quantization(config: ModelConfig, quantization: str | None) -> None:
+    """InvalidArgument, naming the matrix, where one of the model's cannot be quantised like that."""
+    if quantization is not None:
+        for field, (_, inner) in _shapes(config).items():
+            group_of(_kind_of(field, quantization), inner, f"the model's {field} matrix")
 
 
 def device_bytes(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
@@ -132,18 +137,20 @@ def device_bytes(config: ModelConfig, dtype: str, quantization: str | None = Non
         for field, (rows, inner) in _shapes(config).items():
             count = 1 if field == "head" else config.num_layers
             instead = 0 if field == "head" and config.tie_word_embeddings else rows * inner * np.dtype(dtype).itemsize
-            total += count * (bytes_of_matrix(kind_of(field, quantization), rows, inner) - instead)
+            total += count * (bytes_of_matrix(_kind_of(field, quantization), rows, inner) - instead)
     return total
 
 
 def bytes_of_a_step(config: ModelConfig, dtype: str, quantization: str | None = None) -> int:
-    """Bytes of weights that every step reads: all but the embedding, of which it reads a few rows, unless that is the head too."""
+    """Bytes of weights that every step reads: of an embedding that is not the head as well it takes only a few rows."""
     unread = 0 if config.tie_word_embeddings and quantization is None else config.vocab_size * config.hidden_size
     return device_bytes(config, dtype, quantization) - unread * np.dtype(dtype).itemsize
 
 
-def unquantised_bytes(config: ModelConfig, dtype: str) -> int:
-    """The most bytes of matrices that wait for being quantised: the largest one, or qkv while it waits for its last part and o."""
+def unquantised_bytes(config: ModelConfig, dtype: str, quantization: str | None) -> int:
+    """The most bytes of matrices that wait to be quantised: of the largest one, or of a qkv that lacks a part, and o."""
+    if quantization is None:
+        return 0
     count = {field: rows * inner for field, (rows, inner) in _shapes(config).items()}
     return np.dtype(dtype).itemsize * max(*count.values(), count["qkv"] + count["o"])
 

@@ -120,8 +120,9 @@ def dequantize(matrix: QuantizedMatrix, dtype: str, first: int = 0, count: int |
         weights = _VALUES[codes] * scales[:, None]
     else:
         both = np.stack([codes & 15, codes >> 4], axis=-1).astype(np.float32)
-        weights = both.reshape(*scales.shape[:2], -1) * scales[..., :1] + scales[..., 1:]
-    return weights.reshape(len(codes), -1).astype(dtype, copy=False)
+        group = matrix.shape[1] // scales.shape[1]
+        weights = both.reshape(*scales.shape[:2], group) * scales[..., :1] + scales[..., 1:]
+    return weights.reshape(len(codes), matrix.shape[1]).astype(dtype, copy=False)
 
 
 def product(x: np.ndarray, matrix: QuantizedMatrix) -> np.ndarray:
