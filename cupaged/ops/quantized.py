@@ -31,7 +31,7 @@ _MULTIPLE = 16  # of columns, for 8 bits: as many bytes as a kernel reads at onc
 _FLOAT16_MAX = 65504
 _FP8 = ml_dtypes.float8_e4m3fn
 _VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)  # of the codes of fp8
-_SLICE = 1 << 20  # weights that are taken at once
+_SLICE = 1 << 17  # weights that are taken at once: few enough for a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def dequantize(matrix: QuantizedMatrix, dtype: str, first: int = 0, count: int |
     if matrix.kind == "int8":
         weights = codes.astype(np.float32) * scales[:, None]
     elif matrix.kind == "fp8":
-        weights = _VALUES[codes] * scales[:, None]
+        weights = _VALUES.take(codes) * scales[:, None]
     else:
         both = np.stack([codes & 15, codes >> 4], axis=-1).astype(np.float32)
         group = matrix.shape[1] // scales.shape[1]
