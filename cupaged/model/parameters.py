@@ -78,37 +78,44 @@ def load(
 
     One by one: the host holds one tensor at a time, and a merged array is made on the device when the first of its parts comes,
     so that nothing is there twice. With `quantization`, a kind of `ops.quantized`, every matrix is quantised as soon as all its
-    parts are there: in the order of the hub's files `unquantised_bytes` are there as they came, at most.
+    parts are there: with a file's tensors in the order of their names `unquantised_bytes` are there as they came, at most.
     """
     parameters, parts = Parameters([Layer() for _ in range(config.num_layers)]), Counter()
     quantised = () if quantization is None else _shapes(config)
 
-    def came(owner: Parameters | Layer, number: int, field: str) -> None:
-        parts[number, field] += 1
-        if field in quantised and parts[number, field] == _PARTS.get(field, 1):
+    def came(owner: Parameters | Layer, field: str) -> None:
+        parts[id(owner), field] += 1
+        if field in quantised and parts[id(owner), field] == _PARTS.get(field, 1):
             setattr(owner, field, ops.quantize(getattr(owner, field), _kind_of(field, quantization)))
 
     for name, array in weights:
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if match is None:
-            field = _OF_MODEL[name]
-            setattr(parameters, field, ops.upload(array, dtype))
-            came(parameters, -1, field)
-            continue
-        number, module = int(match[1]), match[2]
-        layer, field = parameters.layers[number], _OF_LAYER[module] + ("_bias" if match[3] == "bias" else "")
-        if _OF_LAYER[module] not in _PARTS:
-            setattr(layer, field, ops.upload(array, dtype))
-        else:
-            if getattr(layer, field) is None:
-                setattr(layer, field, ops.empty((_merged_rows(config, module), *array.shape[1:]), dtype))
-            for target, part in _places(config, module, getattr(layer, field), array):
-                ops.write(target, part)
-        came(layer, number, field)
+        owner, field = _put(parameters, config, name, array, ops, dtype)
+        del array  # which may be of the device
+        came(owner, field)
     if config.tie_word_embeddings:
         parameters.head = parameters.embed
-        came(parameters, -1, "head")
+        came(parameters, "head")
     return parameters
+
+
+def _put(
+    parameters: Parameters, config: ModelConfig, name: str, array: np.ndarray, ops: ModuleType, dtype: str
+) -> tuple[Parameters | Layer, str]:
+    """Bring a weight to the device; returns what it belongs to, and the field that it is or is a part of."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        setattr(parameters, _OF_MODEL[name], ops.upload(array, dtype))
+        return parameters, _OF_MODEL[name]
+    layer, module = parameters.layers[int(match[1])], match[2]
+    field = _OF_LAYER[module] + ("_bias" if match[3] == "bias" else "")
+    if _OF_LAYER[module] not in _PARTS:
+        setattr(layer, field, ops.upload(array, dtype))
+        return layer, field
+    if getattr(layer, field) is None:
+        setattr(layer, field, ops.empty((_merged_rows(config, module), *array.shape[1:]), dtype))
+    for target, part in _places(config, module, getattr(layer, field), array):
+        ops.write(target, part)
+    return layer, field
 
 
 # ---- what is quantised, and how many bytes that is
@@ -148,11 +155,11 @@ def bytes_of_a_step(config: ModelConfig, dtype: str, quantization: str | None = 
 
 
 def unquantised_bytes(config: ModelConfig, dtype: str, quantization: str | None) -> int:
-    """The most bytes of matrices that wait to be quantised: of the largest one, or of a qkv that lacks a part, and o."""
+    """The most bytes of matrices that are there as they came: the head, or a merged one and another like its last part."""
     if quantization is None:
         return 0
     count = {field: rows * inner for field, (rows, inner) in _shapes(config).items()}
-    return np.dtype(dtype).itemsize * max(*count.values(), count["qkv"] + count["o"])
+    return np.dtype(dtype).itemsize * max(count["head"], count["qkv"] + count["o"], count["gate_up"] + count["down"])
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
