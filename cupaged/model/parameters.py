@@ -1,6 +1,6 @@
 """The weights of a model as its forward pass takes them: merged, where they multiply the same rows, and quantised if asked for.
 
-Both happens while they are streamed in.
+Both happen while they are streamed in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = Any  # of the device of `ops`
 
 _GROUP = 8  # rows of gate and up that take turns, as `norm_swiglu` wants them
 _PARTS = {"qkv": 3, "gate_up": 2}  # matrices that are merged into one
-_HEAD = {"fp8": "int8"}  # where that of the head is another kind than that of the layers: the logits take no more errors
+_HEAD = {"fp8": "int8"}  # where the head is of another kind: the 3 bits of an fp8 mantissa move logits more than all of int8
 
 
 @dataclass

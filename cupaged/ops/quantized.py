@@ -31,7 +31,7 @@ _MULTIPLE = 16  # of columns, for 8 bits: as many bytes as a kernel reads at onc
 _FLOAT16_MAX = 65504
 _FP8 = ml_dtypes.float8_e4m3fn
 _VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)  # of the codes of fp8
-_SLICE = 1 << 17  # weights that are taken at once: few enough for a cache
+_SLICE = 1 << 19  # weights that are taken at once: few enough for a cache, and for memory to be had without the system
 
 
 @dataclass(frozen=True, eq=False)
