@@ -170,10 +170,9 @@ class LLM:
         if batch_invariant:
             ops = self._batch_invariant(device_index)
         with self._device:
-            eager = device_index is None or batch_invariant or quantization is not None
-            decoder = None if eager else importlib.import_module("cupaged.model.decoder")
+            decoder = None if device_index is None or batch_invariant else importlib.import_module("cupaged.model.decoder")
             types = self.dtype, stored_as(self.kv_cache_dtype)
-            graphs = decoder.variants(self.config, *types) if decoder else []
+            graphs = decoder.variants(self.config, *types, quantization) if decoder else []
             also = [*graphs, *ops.variants_of_weights(kinds(quantization), self.dtype)]
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
                 weights = weights or _random_weights(self.config, ops, self.dtype)

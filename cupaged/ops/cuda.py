@@ -35,7 +35,7 @@ DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
 _QK_NORM = {"QK_NORM": 1}
 _WEIGHT_DEFINES = {kind: {f"WEIGHT_{kind.upper()}": 1} for kind in KINDS}  # of `quantize` and `dequantize`
-_SCALE_TILE = 128  # rows of a matrix of int4 whose scales lie together
+_SCALE_ROWS = 128  # the rows of a matrix of int4 are as many as a multiple of it where its scales are, 8 of them side by side
 _SCRATCH_BYTES = 64 << 20  # of a quantised matrix that are dequantised at once
 _SLICE_BYTES = 16 << 20  # of an upload that are converted at once
 _MAX_GRID = 2**31 - 1
@@ -77,9 +77,9 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-def variants_of_weights(kinds: Iterable[str], dtype: str) -> list[jit.Variant]:
+def variants_of_weights(kinds: Iterable[str | None], dtype: str) -> list[jit.Variant]:
     """The kernels for matrices of kinds that `quantize` knows, beside activations of a type: for `compiling`."""
-    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds]
+    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds if kind is not None]
     return [(_SOURCES[name], name, each) for each in defines for name in ("quantize", "dequantize")]
 
 
@@ -264,10 +264,10 @@ def quantize(matrix: Array, kind: str) -> QuantizedMatrix:
     rows, inner = matrix.shape
     group = group_of(kind, inner)
     if kind == "int4":
-        tiles = -(-rows // _SCALE_TILE)
+        tiles = -(-rows // _SCALE_ROWS)
         codes = empty((rows, inner // 2), "uint8")
-        scales = empty((tiles, inner // group, _SCALE_TILE, 2), "float16")
-        grid, threads = tiles * inner // 32, _SCALE_TILE
+        scales = empty((tiles * _SCALE_ROWS // 8, inner // group, 8, 2), "float16")
+        grid, threads = tiles * inner // 32, _SCALE_ROWS
     else:
         codes, scales = empty((rows, inner), "int8" if kind == "int8" else "uint8"), empty((rows,), "float16")
         grid, threads = rows, _threads(inner // 16, 256)
