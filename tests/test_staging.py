@@ -27,8 +27,11 @@ class LateMemory(GuardedMemory):
         self.queue = []  # copies and events, in the order of the stream
         self.pinned_bytes = 0
         runtime, memory = self.cuda.runtime, self
-        for name in ("memcpyAsync", "memcpy2DAsync"):
-            setattr(runtime, name, lambda *args, copy=getattr(runtime, name): self.queue.append(lambda: copy(*args)))
+
+        def late(copy):
+            return lambda *args: self.queue.append(lambda: copy(*args))
+
+        runtime.memcpyAsync, runtime.memcpy2DAsync = late(runtime.memcpyAsync), late(runtime.memcpy2DAsync)
 
         class LateStream(Stream):
             def record(self, stream=None):
@@ -166,7 +169,7 @@ def test_what_breaks_off_leaves_no_thread_at_work(memory, monkeypatch):
 
     def counted(*args):
         started.append(1)
-        time.sleep(0.01)
+        time.sleep(0.03 * (len(started) % 2))
         fill(*args)
         ended.append(1)
 

@@ -60,8 +60,6 @@ def copy(target: Array, array: np.ndarray) -> None:
         while filling:
             send()
     finally:  # also if it is broken off: until then a slice is somebody's to write or read
-        for filled, *_ in filling:
-            filled.cancel()
         wait([filled for filled, *_ in filling])
         stream.synchronize()
 
