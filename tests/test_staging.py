@@ -174,12 +174,13 @@ def test_what_breaks_off_leaves_no_thread_at_work(memory, monkeypatch):
         ended.append(1)
 
     def interrupted(*args):
-        if len(started) > 5:
+        if len(started) > 6:  # the seventh is being filled when the sixth is sent
             raise KeyboardInterrupt
         copy(*args)
 
     copy = memory.cuda.runtime.memcpyAsync
     memory.cuda.runtime.memcpyAsync = interrupted
+    monkeypatch.setattr(staging, "THREADS", 2)
     monkeypatch.setattr(staging, "_fill", counted)
     with pytest.raises(KeyboardInterrupt):
         cuda.upload(np.zeros(500_000, np.float32))
