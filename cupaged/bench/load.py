@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -165,16 +165,22 @@ def _write_checkpoint(folder: Path, config: ModelConfig, shard_bytes: int) -> in
         raise InvalidArgument(f"{lack}, {(needed - free) / 1e9:.1f} GB more; {remedy}")
     if psutil.virtual_memory().available < num_bytes:
         logger.warning("the free memory does not hold the checkpoint's %.1f GB: this measures the disk too", num_bytes / 1e9)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name in shapes:
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > shard_bytes:
+    shards: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for name, shape in shapes.items():
+        if not shards or sizes[name] > room:
             shards.append({})
-        shards[-1][name] = shapes[name]
+            room = shard_bytes
+        shards[-1][name] = shape
+        room -= sizes[name]
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    values = np.random.default_rng().standard_normal(_RANDOM_VALUES, np.float32) * np.float32(0.02)
+    values = values.astype(ml_dtypes.bfloat16)
     try:
         with progress_bar("write", num_bytes) as bar:
             for file, held in zip(files, shards, strict=True):
-                write_safetensors(folder / file, held, _random_values(held, bar.update), "BF16", sync=False)
+                pieces = _pieces(values, held.values(), bar.update)
+                write_safetensors(folder / file, held, pieces, "BF16", sync=False)
         weight_map = {name: file for file, held in zip(files, shards, strict=True) for name in held}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     except OSError as error:
@@ -184,11 +190,10 @@ def _write_checkpoint(folder: Path, config: ModelConfig, shard_bytes: int) -> in
     return num_bytes
 
 
-def _random_values(shapes: dict[str, tuple[int, ...]], progress: Callable[[int], object]) -> Iterator[np.ndarray]:
-    """The values of all tensors, in pieces."""
+def _pieces(values: np.ndarray, shapes: Iterable[tuple[int, ...]], progress: Callable[[int], object]) -> Iterator[np.ndarray]:
+    """The values of tensors of these shapes: pieces of those given, each from another place on."""
     rng = np.random.default_rng()
-    values = (rng.standard_normal(_RANDOM_VALUES, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
-    for shape in shapes.values():
+    for shape in shapes:
         left = math.prod(shape)
         while left:
             piece = values[rng.integers(values.size // 2) :][:left]
