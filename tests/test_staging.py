@@ -9,13 +9,11 @@ import pytest
 import tiny_models
 from emulator.guarded_memory import GuardedMemory, Stream
 from op_cases import SEED
+from reference import assert_loaded_exactly
 
-from cupaged.checkpoint.config import load_config
-from cupaged.checkpoint.weights import open_weights
 from cupaged.cuda import jit
 from cupaged.errors import OutOfMemory
-from cupaged.model.parameters import load
-from cupaged.ops import cuda, numpy, staging
+from cupaged.ops import cuda, staging
 
 DTYPES = ["float32", "float16", ml_dtypes.bfloat16, "int8", "uint8", "int32", "float64"]
 
@@ -140,13 +138,7 @@ def test_a_checkpoint_arrives_bit_for_bit(memory, tmp_path, stored, padding):
     given = {**tiny_models.CONFIGS["llama-bias"], "intermediate_size": 173, "vocab_size": 261, "torch_dtype": stored}
     folder = tiny_models.write_model(tmp_path, given)
     misalign(folder, padding)
-    config = load_config(folder)
-    found = load(config, open_weights(folder, config), cuda, "bfloat16")
-    expected = load(config, open_weights(folder, config), numpy, "bfloat16")
-    for ours, theirs in zip([found, *found.layers], [expected, *expected.layers], strict=True):
-        for name, array in vars(theirs).items():
-            if name != "layers" and array is not None:
-                assert getattr(ours, name).tobytes() == array.tobytes(), name
+    assert_loaded_exactly(cuda, folder, "bfloat16")
     memory.check()
 
 

@@ -22,8 +22,8 @@ _SLICES = 2 * THREADS  # as many again as are being filled: those that the devic
 
 
 def most_pinned_bytes() -> int:
-    """Pinned host memory that a copy takes, at most."""
-    return _SLICES * SLICE_BYTES
+    """Host memory that copies leave pinned, at most: CuPy's pool keeps a block for each power of two up to the largest."""
+    return 2 * _SLICES * SLICE_BYTES
 
 
 def copy(target: Array, array: np.ndarray) -> None:
