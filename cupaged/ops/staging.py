@@ -17,8 +17,9 @@ from cupaged.errors import OutOfMemory
 Array = Any  # cupy.ndarray
 
 SLICE_BYTES = 2 << 20  # large enough for the bus, small enough that the threads end together
-THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-_SLICES = 2 * THREADS  # as many again as are being filled: those that the device fetches
+_THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+_SLICES = 16
+_FILLING = 12  # of the slices, so that no thread waits for its next one; the others are the device's to fetch
 
 
 def most_pinned_bytes() -> int:
@@ -52,7 +53,7 @@ def copy(target: Array, array: np.ndarray) -> None:
 
     try:
         for index, (into, source) in enumerate(pieces):
-            if len(filling) == THREADS:
+            if len(filling) == _FILLING:
                 send()
             number = index % len(slices)
             copied[number].synchronize()
@@ -89,7 +90,7 @@ def _slices(cuda: Any, count: int, size: int) -> list[np.ndarray]:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="cupaged-staging")
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="cupaged-staging")
 
 
 def _fill(slice_: np.ndarray, source: np.ndarray, dtype: np.dtype) -> None:
