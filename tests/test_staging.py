@@ -1,6 +1,7 @@
 """Host arrays to a device whose copies land as late as they may: every bit arrives, whatever shape, type or place it has."""
 
 import random
+import threading
 import time
 
 import ml_dtypes
@@ -178,5 +179,6 @@ def test_what_breaks_off_leaves_no_thread_at_work(memory, monkeypatch):
         cuda.upload(np.zeros(500_000, np.float32))
     assert len(started) == len(ended) < 2000
     assert memory.queue == []
+    assert not [thread for thread in threading.enumerate() if "staging" in thread.name]
     memory.cuda.runtime.memcpyAsync = copy
     assert cuda.upload(np.ones(5000, np.float32)).tobytes() == np.ones(5000, np.float32).tobytes()

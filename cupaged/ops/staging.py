@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -52,16 +51,21 @@ def copy(target: Array, array: np.ndarray) -> None:
         filling.popleft()
 
     try:
-        for index, (into, source) in enumerate(pieces):
-            if len(filling) == _FILLING:
+        if len(pieces) == 1:  # a thread would take longer to start
+            [(into, source)] = pieces
+            _fill(slices[0], source, into.dtype)
+            _queue(cuda.runtime, into, slices[0], stream)
+            return
+        with ThreadPoolExecutor(_THREADS, "cupaged-staging") as threads:
+            for index, (into, source) in enumerate(pieces):
+                if len(filling) == _FILLING:
+                    send()
+                number = index % len(slices)
+                copied[number].synchronize()
+                filling.append((threads.submit(_fill, slices[number], source, into.dtype), number, into))
+            while filling:
                 send()
-            number = index % len(slices)
-            copied[number].synchronize()
-            filling.append((_threads().submit(_fill, slices[number], source, into.dtype), number, into))
-        while filling:
-            send()
-    finally:  # also if it is broken off: until then a slice is somebody's to write or read
-        wait([filled for filled, *_ in filling])
+    finally:  # also if it is broken off: no thread writes to a slice any more, but the device may still fetch one
         stream.synchronize()
 
 
@@ -86,11 +90,6 @@ def _slices(cuda: Any, count: int, size: int) -> list[np.ndarray]:
         cause = f"the system gives no {count * size / 1e6:.0f} MB of pinned memory for copies to the GPU ({error})"
         raise OutOfMemory(f"{cause}; end other programs") from error
     return list(np.frombuffer(memory, np.uint8, count * size).reshape(count, size))
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="cupaged-staging")
 
 
 def _fill(slice_: np.ndarray, source: np.ndarray, dtype: np.dtype) -> None:
