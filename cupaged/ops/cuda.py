@@ -1,8 +1,8 @@
 """The operations of `ops.numpy`, same names and contracts, on the current CUDA device.
 
 Weights and activations are bfloat16 or float16, arithmetic is float32; logits and what sampling takes are float32. The
-kernels are those of cuda_src; matrix products are cuBLAS's. Everything is queued on the current stream and only `download`
-waits for it. Arrays are CuPy's, C-contiguous.
+kernels are those of cuda_src; matrix products are cuBLAS's. Everything is queued on the current stream, and only `download`
+and what brings large host arrays (`upload`, `write`) wait for it. Arrays are CuPy's, C-contiguous.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from cupaged import attention
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
+from cupaged.ops import staging
 from cupaged.ops.quantized import KINDS, QuantizedMatrix, group_of
 
 try:
@@ -37,7 +38,6 @@ _QK_NORM = {"QK_NORM": 1}
 _WEIGHT_DEFINES = {kind: {f"WEIGHT_{kind.upper()}": 1} for kind in KINDS}  # of `quantize` and `dequantize`
 _SCALE_ROWS = 128  # the rows of a matrix of int4 are as many as a multiple of it where its scales are, 8 of them side by side
 _SCRATCH_BYTES = 64 << 20  # of a quantised matrix that are dequantised at once
-_SLICE_BYTES = 16 << 20  # of an upload that are converted at once
 _MAX_GRID = 2**31 - 1
 _SOURCES = {
     "embedding": "embedding.cu",
@@ -178,20 +178,17 @@ def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     """The host array as a device array, converted to `dtype` if one is given.
 
-    Conversion and staging take a slice of 16 MiB at a time, so that the host holds little beside the array itself.
+    A large one is there when this returns; `ops.staging` says how.
     """
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     if not isinstance(array, np.ndarray) and array.dtype == dtype:
         return array  # it is there
-    step = _SLICE_BYTES // dtype.itemsize
-    try:
-        if array.size <= step:
-            return cupy.asarray(np.ascontiguousarray(array, dtype))
-        out = cupy.empty(array.shape, dtype)
-        source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
-        for start in range(0, source.size, step):
-            target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))
+    if array.size * dtype.itemsize > staging.SLICE_BYTES:
+        out = empty(array.shape, dtype)
+        staging.copy(out, array)
         return out
+    try:
+        return cupy.asarray(np.ascontiguousarray(array, dtype))
     except MemoryError as error:
         raise _no_room(array.size * dtype.itemsize) from error
 
@@ -199,25 +196,19 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
 def write(target: Array, array: np.ndarray) -> None:
     """Put an array of the host, converted to the type there, or of the device and this type into a device array of its shape.
 
-    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them. Conversion
-    and staging take 16 MiB at a time, as for `upload`.
+    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them. An array of
+    the host is there when this returns.
     """
     if not array.size:
         return
-    runtime, row_bytes = cupy.cuda.runtime, target.nbytes // len(target)
-    step = max(1, _SLICE_BYTES // row_bytes)
-    for start in range(0, len(target), step):
-        source, into = array[start : start + step], target[start : start + step]
-        if isinstance(source, np.ndarray):
-            try:
-                source = cupy.asarray(np.ascontiguousarray(source, target.dtype))
-            except MemoryError as error:
-                raise _no_room(into.nbytes) from error
-        if into.flags.c_contiguous:
-            into[...] = source
-        else:  # CuPy would compile a kernel for this
-            where = into.data.ptr, into.strides[0], source.data.ptr, row_bytes, row_bytes, len(into)
-            runtime.memcpy2DAsync(*where, runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr)
+    if not isinstance(array, cupy.ndarray):
+        staging.copy(target, array)
+    elif target.flags.c_contiguous:
+        target[...] = array
+    else:  # CuPy would compile a kernel for this
+        runtime, row_bytes = cupy.cuda.runtime, target.nbytes // len(target)
+        where = target.data.ptr, target.strides[0], array.data.ptr, row_bytes, row_bytes, len(target)
+        runtime.memcpy2DAsync(*where, runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr)
 
 
 def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> Array:
