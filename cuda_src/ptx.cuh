@@ -235,6 +235,29 @@ __device__ __forceinline__ unsigned sub_f16x2(unsigned a, unsigned b) {
   return difference;
 }
 
+__device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned mul_bf16x2(unsigned a, unsigned b) {
+  unsigned product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+__device__ __forceinline__ unsigned sub_bf16x2(unsigned a, unsigned b) {
+  unsigned difference;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+#endif
+__device__ __forceinline__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
 // Below: the conversions where there is no instruction for them (sm_80, sm_86).
 __device__ __forceinline__ unsigned f16x2_of_e4m3x2(unsigned short codes);
 __device__ __forceinline__ unsigned char e4m3_of_float(float x);
@@ -322,21 +345,28 @@ __device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* ma
                : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
                : "memory");
 }
+// The box of a 3-D tensor map.
+__device__ __forceinline__ void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+               :
+               : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+               : "memory");
+}
+// The same by a policy.
+__device__ __forceinline__ void tensor_copy_3d_hint(
+    void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
+      :
+      : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
 // The box of a 4-D tensor map.
 __device__ __forceinline__ void tensor_copy_4d(void* shared, const TensorMap* map, int x, int y, int z, int w, unsigned long long* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
           shared_address(shared)),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
-      : "memory");
-}
-// The same by a policy.
-__device__ __forceinline__ void tensor_copy_2d_hint(
-    void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier, unsigned long long policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-      :
-      : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {

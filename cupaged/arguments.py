@@ -9,6 +9,7 @@ from cupaged.errors import InvalidArgument
 from cupaged.version import __version__
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+QUANTIZATIONS = ("int8", "fp8", "int4")
 SAMPLING = {  # option -> (type, what it does); an option that is not given follows the model's generation_config.json
     "max_tokens": (int, "the most tokens to generate (default: until the model ends or its context is full)"),
     "temperature": (float, "0 takes the most probable token, larger values vary more"),
@@ -23,7 +24,8 @@ SAMPLING = {  # option -> (type, what it does); an option that is not given foll
 _JSON_KEYS = """\
 --json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
 a --stop string came, "length": --max-tokens or the context was reached), seed (null where nothing was drawn), model,
-device, dtype, kv_cache_dtype, and stats: load_s,
+device, dtype, kv_cache_dtype, quantization (null: none), and stats: load_s (in all), weights_bytes, weights_s and
+weights_gb_s (of the files),
 time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
 kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
 
@@ -109,7 +111,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
         "--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (the default on a terminal)"
     )
     form.add_argument("--json", action="store_true", help="one JSON object instead of the text; keys below")
-    group.add_argument("--stats", action="store_true", help="times and pool use, on stderr")
+    group.add_argument("--stats", action="store_true", help="times, GB/s of loading, and pool use, on stderr")
 
     sub = command("chat", "Talk with a model in the terminal; /help there lists what can be typed.")
     sub.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
@@ -172,6 +174,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument("model", metavar="MODEL", help="known name, folder, or ORG/NAME on the Hugging Face hub")
     sub.add_argument("--dtype", default="auto", metavar="TYPE", help="as for generate (default: auto, for each device its own)")
     sub.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="as for generate (default: auto)")
+    sub.add_argument("--quantization", choices=QUANTIZATIONS, help="as for generate (default: none)")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
     summary = "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
@@ -245,6 +248,18 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     _add_load_format(sub)
     _add_model_options(sub, kv_memory=None)
 
+    sub = command(
+        "bench load", "A sharded checkpoint from the page cache to the device; it is written to $TMPDIR first, and removed."
+    )
+    _add_output(sub)
+    sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
+    sub.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="config.json or model whose geometry is written, in random bfloat16 (default: Llama 2 7B, 13.5 GB)",
+    )
+    _add_device_options(sub)
+
     sub = command("bench plot", "Draw result files, without measuring; prints the path of each picture.")
     sub.add_argument(
         "results",
@@ -295,15 +310,17 @@ def _add_model_options(
         default=DEFAULT_MODEL,
         help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
     )
-    group.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
-    )
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
+    _add_device_options(group)
     group.add_argument(
         "--kv-cache-dtype",
         default="auto",
         metavar="TYPE",
         help="of the KV pool: auto (like --dtype), fp8 or int8 (half the memory), on the CPU also bfloat16 or float16",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of the weights, while they are loaded (default: none, they are of --dtype)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     if kv_memory is not None:
@@ -314,6 +331,13 @@ def _add_model_options(
         group.add_argument(
             "--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)"
         )
+
+
+def _add_device_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
+    )
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

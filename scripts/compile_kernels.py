@@ -16,6 +16,7 @@ from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.ops import chain, products
 from cupaged.ops import cuda as ops
+from cupaged.ops.quantized import KINDS
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 BF16, F16 = {"DTYPE_BF16": 1}, {"DTYPE_F16": 1}
@@ -26,7 +27,9 @@ def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **fl
 
 
 STREAMS = [
-    (source, defines) for source, _, defines in (*chain.variants("float16", "uint8"), *chain.variants("bfloat16", "bfloat16"))
+    (source, defines)
+    for dtype, kv_dtype, kinds in (("float16", "uint8", (None,)), ("bfloat16", "bfloat16", (None, *KINDS)))
+    for source, _, defines in chain.variants(dtype, kv_dtype, kinds)
 ]
 
 # The largest variants on every architecture that takes them, then each other variant on one that differs
@@ -48,6 +51,8 @@ NAMED = [
     *((("rope_append.cu", {**BF16, "KV_INT8": 1}), arch) for arch in ("80", "90a", "120")),
     *((("rope_append.cu", {**F16, "KV_FP8": 1}), arch) for arch in ("86", "89", "100")),
     *((("rope_append.cu", {**BF16, **kv, "QK_NORM": 1}), "90a") for kv in ({}, {"KV_INT8": 1}, {"KV_FP8": 1})),
+    *((("quantize.cu", {**BF16, f"WEIGHT_{kind}": 1}), arch) for kind in ("INT8", "FP8", "INT4") for arch in ("80", "90a")),
+    *((("quantize.cu", {**F16, f"WEIGHT_{kind}": 1}), arch) for kind in ("FP8", "INT4") for arch in ("86", "89")),
     (("embedding.cu", {}), "86"),
     *((stream, "90a") for stream in STREAMS),
 ]
@@ -77,7 +82,7 @@ def shared_bytes(name: str, defines: dict[str, int]) -> int:
     if name == persistent.NAME:
         kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
         return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
-    return products.shared_bytes(defines["TOKENS"]) if name == products.NAME else ops.shared_bytes(name)
+    return products.shared_bytes(defines) if name == products.NAME else ops.shared_bytes(name)
 
 
 def key(source: str, defines: dict[str, int]) -> tuple:
@@ -90,7 +95,8 @@ def main() -> int:
     every = parser.parse_args().all
     variants = {key(source, defines): ARCHITECTURES for source, _, defines in ops.variants() + persistent.variants()}
     for dtype in ops.DTYPES:
-        streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype)]
+        kinds = (None, *KINDS)
+        streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype, kinds)]
         variants |= {key(source, defines): ("90a",) for source, _, defines in streams}
     variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}
     matrix = [((source, dict(defines)), arch) for (source, defines), archs in sorted(variants.items()) for arch in archs]

@@ -13,7 +13,6 @@ from op_cases import SEED
 from cupaged import LLM, InvalidArgument, SamplingParams
 from cupaged.bench import decode, limits, peers, results, start
 from cupaged.bench.contiguous import Contiguous
-from cupaged.bench.decode import bench_decode
 from cupaged.checkpoint.config import load_config
 from cupaged.checkpoint.weights import expected_tensors
 from cupaged.cli import main
@@ -71,6 +70,26 @@ def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
     for row, batch in zip(result["rows"][1::2], (1, 3), strict=True):
         assert row["tok_s"] == pytest.approx(1e3 * batch / row["ms"])
     assert {"machine", "limit_tbps", "limit_tflops", "date"} <= set(result)
+
+
+def test_quantised_weights_are_counted_as_the_bytes_that_they_are(bare, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
+    options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "8", "--output", str(tmp_path), "--threads", "1"]
+    words = ["bench", "--model", str(bare), "--batch", "2", "--context", "20", "--quantization", "int4", *options]
+    assert main(words) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "decode_cpu.json").read_text())
+    prefill, decode = result["rows"]
+    assert decode["case"] == "1B 2x20 w=int4 kv=f32"
+    # half a byte a weight, and 4 bytes for a group: of 64 in rows of 192, of 32 in those of 160; norms are of float32
+    weights = 3 * (2 * 192 * 192 + 2 * 64 * 192 + 2 * 160 * 192) + 260 * 192
+    down = 3 * 192 * 160
+    read = weights // 2 + 4 * weights // 64 + down // 2 + 4 * down // 32 + 4 * (3 * 2 * 192 + 192)
+    moved = decode["share"] * (decode["ms"] / 1e3) * result["limit_tbps"] * 1e12
+    kv = 2 * 3 * 64 * 4
+    cached = (moved - read) / kv
+    assert 2 * 20 < cached < 2 * 20 + 2 * 12  # whole sequences, and nothing else
+    multiplied = weights + down + 3 * 2 * 192 + 192
+    assert prefill["share"] * prefill["s"] * result["limit_tflops"] * 1e12 == pytest.approx(2 * multiplied * 2 * 20)
 
 
 def run(bare, what, *options):
@@ -144,11 +163,14 @@ def test_names_of_models():
     assert results.model_name(Path("some/smollm2-135m-instruct")) == "smollm2-135m-instruct"
 
 
-def test_types_of_weights_are_in_the_case(bare, monkeypatch, quick):
-    monkeypatch.setattr(LLM, "quantization", "int4", raising=False)
-    options = {"device": "cpu", "load_format": "dummy", "kv_cache_dtype": "fp8", "threads": 1}
-    result = bench_decode(str(bare), [1], [9], tokens=2, **options)
-    assert [row["case"] for row in result["rows"]] == ["1B prefill 1x9 w=int4 kv=fp8", "1B 1x9 w=int4 kv=fp8"]
+def test_types_of_weights_are_in_the_case(bare, tmp_path, quick):
+    options = ["--context", "9", "--tokens", "2", "--quantization", "int4", "--output", tmp_path]
+    assert run(bare, "generate", "--batch", "1", *options, "--kv-cache-dtype", "fp8") == 0
+    assert run(bare, "generate", "--batch", "2", *options, "--cache", "contiguous") == 0
+    assert run(bare, "generate", "--batch", "3", *options, "--serve") == 0
+    cases = [row["case"] for row in json.loads((tmp_path / "decode_cpu.json").read_text())["rows"]]
+    first = ["1B prefill 1x9 w=int4 kv=fp8", "1B 1x9 w=int4 kv=fp8", "1B prefill 2x9 w=int4 kv=f32"]
+    assert cases == [*first, "1B 2x9 w=int4 kv=f32", "1B 2x9 w=int4 kv=f32 contiguous", "1B serve 3x9+2 w=int4 kv=f32"]
 
 
 def test_whole_requests_are_served_at_once(bare, tmp_path, capsys, quick):
@@ -161,10 +183,11 @@ def test_whole_requests_are_served_at_once(bare, tmp_path, capsys, quick):
 # ---- peers and the other cache
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "llama-tied", "qwen3-window", "mistral-window"])
-def test_a_contiguous_cache_gives_the_logits_of_the_pages(tmp_path, name):
+def test_a_contiguous_cache_gives_the_logits_of_the_pages(tmp_path, name, quantization):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
-    llm = LLM(folder, device="cpu", kv_memory="4MB")
+    llm = LLM(folder, device="cpu", kv_memory="4MB", quantization=quantization)
     ids = np.random.default_rng([SEED, 90]).integers(0, 256, (3, 60)).astype(np.int32)
     model = Contiguous(llm.engine.model, batch=3, max_len=60)
     for begin, stop in ((0, 33), (33, 34), (34, 60)):
@@ -218,9 +241,10 @@ def test_transformers_is_measured_where_it_is_installed(bare):
 def test_a_start_is_measured_in_fresh_processes(bare, tmp_path, capsys, quick):
     options = ["--runs", "1", "--output", tmp_path]
     assert run(bare, "generate", *options) == 0
-    assert run(bare, "generate", *options, "--kv-cache-dtype", "fp8") == 0
+    assert run(bare, "generate", *options, "--kv-cache-dtype", "fp8", "--quantization", "int8") == 0
     result = json.loads((tmp_path / "decode_cpu.json").read_text())
-    cases = [f"1B start {state}{types}" for types in ("", " kv_cache_dtype=fp8") for state in ("cold", "warm")]
+    kinds = " kv_cache_dtype=fp8 quantization=int8"
+    cases = [f"1B start {state}{types}" for types in ("", kinds) for state in ("cold", "warm")]
     assert [row["case"] for row in result["rows"]] == cases
     for row in result["rows"]:
         assert 0.05 < row["s"] < 30

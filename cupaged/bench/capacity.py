@@ -81,7 +81,7 @@ def bench_capacity(
         raise InvalidArgument(f"kv_memory holds all {num_requests} requests at once; lower it, or give more requests")
     threads = arguments.get("threads")
     machine_name, rows = machine(llm.device, threads), []
-    unusual = types_if_unusual(getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype)
+    unusual = types_if_unusual(llm.quantization or llm.dtype, llm.kv_cache_dtype)
 
     def add(case: str, limit: float) -> None:
         figures = {**_serve(llm, requests, limit), "kv_gb": pool.bytes / 1e9}

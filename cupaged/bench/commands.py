@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cupaged.bench.capacity import bench_capacity
 from cupaged.bench.decode import bench_decode
 from cupaged.bench.generate import bench_generate
 from cupaged.bench.limits import machine
+from cupaged.bench.load import bench_load
 from cupaged.bench.plots import check, draw
 from cupaged.bench.results import earlier, format_row, read_result, save, usual_name
 from cupaged.bench.serving import HEADER, Lengths, bench_policy, bench_serving
@@ -39,10 +41,7 @@ def generate(args: argparse.Namespace, write: Write) -> None:
         return
     result = bench_generate(
         model=args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
-        threads=args.threads,
+        **_arguments(args),
         **given,
         tokens=args.tokens,
         report=lambda row: write(format_row(row) + "\n"),
@@ -107,6 +106,7 @@ def serving(args: argparse.Namespace, write: Write) -> None:
         device=args.device,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
         kv_memory=args.kv_memory,
         threads=args.threads,
         block_size=args.block_size,
@@ -128,6 +128,20 @@ def serving(args: argparse.Namespace, write: Write) -> None:
     )
     result["rows"].insert(0, policy)
     _keep(args, result, "serving")
+
+
+def load(args: argparse.Namespace, write: Write) -> None:
+    """`bench load`: a checkpoint from the page cache to the device."""
+    _check_outputs(args)
+    model = args.model
+    if model is None:
+        model = str(Path(__file__).resolve().parents[2] / "scripts" / "configs" / "llama-2-7b.json")
+        if not os.path.isfile(model):
+            raise InvalidArgument("the geometry of Llama 2 7B is in no checkout here; give a config.json as --model")
+    result = bench_load(
+        model, device=args.device, dtype=args.dtype, runs=args.runs, report=lambda row: write(format_row(row) + "\n")
+    )
+    _keep(args, result, "load")
 
 
 def plot(args: argparse.Namespace, write: Write) -> None:
@@ -155,7 +169,7 @@ def _check_earlier(args: argparse.Namespace) -> None:
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `LLM` takes of the options that all measurements have."""
     names = ("device", "dtype", "kv_cache_dtype", "threads", "quantization")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _plot_folder(args: argparse.Namespace) -> str:

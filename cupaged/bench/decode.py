@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupaged.bench.contiguous import contiguous_step
-from cupaged.bench.limits import machine, num_multiplied, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes, weight_count
 from cupaged.bench.peers import check as check_peers
 from cupaged.bench.peers import transformers_steps
 from cupaged.bench.results import card, model_name, types, types_if_unusual
@@ -24,6 +24,7 @@ from cupaged.checkpoint.fetch import resolve
 from cupaged.engine.dtypes import bytes_of, choose_dtype
 from cupaged.engine.kv_pool import activation_bytes
 from cupaged.errors import CupagedError, InvalidArgument
+from cupaged.model.parameters import unquantised_bytes
 
 if TYPE_CHECKING:
     from cupaged.llm import LLM
@@ -93,9 +94,10 @@ def bench_decode(
     bytes_per_s, flop_per_s = read_limit(llm.device, weight_bytes, threads), product_limit(llm, threads)
     machine_name = machine(llm.device, threads)
     name, end = model_name(llm.path), card(machine_name)
-    kinds = getattr(llm, "quantization", None) or llm.dtype, llm.kv_cache_dtype
+    kinds = llm.quantization or llm.dtype, llm.kv_cache_dtype
     unusual = types_if_unusual(*kinds)
     step_bytes = activation_bytes(llm.config, llm.engine.scheduler.max_num_batched_tokens, max(batches))
+    step_bytes += unquantised_bytes(llm.config, llm.dtype, llm.quantization)
     rows: list[dict] = []
 
     def add(case: str, **figures: Any) -> None:
@@ -108,7 +110,7 @@ def bench_decode(
             add(f"serve {batch}x{context}+{tokens}{unusual}", tok_s=_served(llm, batch, context, tokens))
             continue
         seconds, step_ms, num_cached = _measure(llm, batch, context, tokens)
-        share = 2 * num_multiplied(llm.config) * batch * context / seconds / flop_per_s
+        share = 2 * weight_count(llm) * batch * context / seconds / flop_per_s
         scores = batch * llm.config.num_heads * context**2 * bytes_of(llm.dtype)
         sizes = {"scores_gb": scores / 1e9, "step_gb": step_bytes / 1e9}
         add(f"prefill {batch}x{context}{unusual}", s=seconds, share=share, **sizes)

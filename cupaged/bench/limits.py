@@ -16,28 +16,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from cupaged.checkpoint.config import ModelConfig
     from cupaged.llm import LLM
 
 SWEEP_BYTES = 2**31  # several times the largest caches
 
 
-def num_multiplied(config: ModelConfig) -> int:
-    """Weights that one decoded token is multiplied by, or reads."""
-    from cupaged.checkpoint.weights import expected_tensors
-
-    shapes = expected_tensors(config)
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
-    if not config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
-        count -= int(np.prod(shapes["model.embed_tokens.weight"]))
-    return count
-
-
 def weight_and_kv_bytes(llm: LLM) -> tuple[int, int]:
-    """Bytes of weights that one decoded token reads, and bytes of K/V for each token before it."""
-    from cupaged.engine.dtypes import bytes_of, kv_bytes_per_token
+    """Bytes of weights that one decoded token reads, as they are kept, and of K/V for each token before it."""
+    from cupaged.engine.dtypes import kv_bytes_per_token
+    from cupaged.model.parameters import bytes_of_a_step
 
-    return num_multiplied(llm.config) * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+    weight_bytes = bytes_of_a_step(llm.config, llm.dtype, llm.quantization)
+    return weight_bytes, kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+
+
+def weight_count(llm: LLM) -> int:
+    """Weights that a token is multiplied with, however they are kept."""
+    from cupaged.model.parameters import bytes_of_a_step
+
+    return bytes_of_a_step(llm.config, llm.dtype) // np.dtype(llm.dtype).itemsize
 
 
 def read_limit(device: str, model_bytes: int, threads: int | None = None) -> float:
@@ -119,6 +116,22 @@ def product_limit(llm: LLM, threads: int | None = None) -> float:
         a = ops.upload(np.random.default_rng().standard_normal((n, n), np.float32), llm.dtype)  # a GPU multiplies ones faster
         row = ops.upload(np.zeros(1, np.int32))
         return 2 * n**3 / _best_seconds(lambda: ops.download(ops.embedding(row, ops.linear(a, a))))
+
+
+def host_copy_limit(device: str) -> float:
+    """Bytes a second that copies to the device reach from memory of the host: pinned for a GPU, of one thread on the CPU."""
+    if device == "cpu":
+        source = np.ones(2**29, np.uint8)
+        target = np.ones_like(source)
+        return source.nbytes / _best_seconds(lambda: np.copyto(target, source))
+    from cupaged.cuda import jit
+    from cupaged.ops import cuda
+
+    cupy = jit.import_cupy()
+    runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+    source, target = cuda.pinned((2**28,), "uint8"), cuda.empty((2**28,), "uint8")
+    copy = target.data.ptr, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr
+    return source.nbytes / gpu_seconds(lambda: runtime.memcpyAsync(*copy))
 
 
 def _best_seconds(action: Callable[[], object], repeats: int = 5) -> float:

@@ -20,6 +20,7 @@ def format_row(row: dict) -> str:
     whole = "step" if " decode step " in row["case"] else "limit"
     share = f"{row['share']:7.1%} of the {whole}" if "share" in row else ""
     speed = f"   {row['tok_s']:.1f} tok/s" if "tok_s" in row and unit != "tok_s" else ""
+    speed += f"   {row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
     return f"{row['case']:66} {row[unit]:10.2f} {text:6}{share}{speed}{_notes(row)}".rstrip()
 
 
@@ -36,7 +37,7 @@ def _notes(row: dict) -> str:
 
 
 def model_name(path: Path) -> str:
-    """What the cases of decode files call a model: 7B if its file or folder is called so, as llama-2-7b is; else that name."""
+    """What cases of decode and load files call a model: 7B if its file or folder is called like llama-2-7b; else that name."""
     size = re.search(r"(\d+)b$", path.stem)
     return f"{size[1]}B" if size else path.stem
 

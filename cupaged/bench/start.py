@@ -1,7 +1,8 @@
 """From the start of a process to the first token of a model with random weights: with no compiled kernel, and with all.
 
-Making the weights is no part of that, for a real start loads them instead; but what else is done meanwhile is. So a process
-notes when it made them, and what is taken off is the time in which no kernel was being compiled beside.
+Making the weights, and quantising them if asked for, is no part of that, for a real start loads them instead; but what else is
+done meanwhile is. So a process notes when it made them, and what is taken off is the time in which no kernel was being compiled
+beside.
 """
 
 from __future__ import annotations

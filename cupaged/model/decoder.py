@@ -13,6 +13,7 @@ from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.model.llama import Batch, Llama
+from cupaged.model.parameters import kinds
 from cupaged.model.sampling import DRAWS
 from cupaged.ops import chain, cuda, products
 
@@ -25,12 +26,15 @@ _INPUTS = [(name, DRAWS[name]) for name in sorted(DRAWS.names, key=lambda name: 
 _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 
-def variants(config: ModelConfig, dtype: str, kv_dtype: str) -> list[jit.Variant]:
+def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None) -> list[jit.Variant]:
     """The kernels of a Decoder, beside those of `ops.cuda`; none where the device or the model is not for it."""
-    if not products.takes(config):
+    if not products.takes(config, quantization):
         return []
     step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
-    return [*chain.variants(dtype, kv_dtype), (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
+    return [
+        *chain.variants(dtype, kv_dtype, kinds(quantization)),
+        (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step}),
+    ]
 
 
 class Drawn:

@@ -20,7 +20,7 @@ from cupaged.model.sampling import DRAWS
 from cupaged.ops import numpy as reference_ops
 from cupaged.ops import products
 
-from .test_weight_stream import encode_rows
+from .test_weight_stream import encode_slices
 
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
 BLOCKS, BLOCK_SIZE = 24, 16
@@ -29,11 +29,11 @@ BLOCKS, BLOCK_SIZE = 24, 16
 @pytest.fixture
 def decoding(ops, monkeypatch, tmp_path):
     """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
-    monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
+    monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name, kv_dtype="bfloat16"):
-        folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+        folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
         config = load_config(folder)
         weights = list(open_weights(folder, config))
         models = [Llama(config, weights, o, dtype, 64) for o, dtype in ((ops, "bfloat16"), (reference_ops, "float32"))]
