@@ -235,6 +235,12 @@ __device__ __forceinline__ unsigned sub_f16x2(unsigned a, unsigned b) {
   return difference;
 }
 
+// a & b | c by one instruction: of constants it can have only one in itself, and the compiler takes two instructions instead.
+__device__ __forceinline__ unsigned lop3_and_or(unsigned a, unsigned b, unsigned c) {
+  unsigned result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
 __device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
   unsigned sum;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));

@@ -4,6 +4,7 @@
 
 constexpr int STAGE_OCTETS = STAGE_STRIPS * TOKENS;
 constexpr int ROUNDS = (PHASE_STAGES * STAGE_OCTETS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a phase, an octet a thread
+constexpr int ROW_ROUNDS = (TILE_ROWS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a tile, a row a thread
 constexpr int AT_ONCE = ROUNDS < 2 || TOKENS == 64 ? 1 : 2;  // rounds; registers do not allow more
 
 // Strips of a product, side by side.
@@ -61,10 +62,10 @@ struct Finishing {
   const float* factors;
   float squares = 0;  // thread `token`: of that token's residual, over the tiles so far
 
-  // What is read from global memory long before it is wanted: of two rows of the tile, and of the first octets.
+  // What is read from global memory long before it is wanted: of rows of the tile, and of the first octets.
   struct Ahead {
-    scalar bias[2], gain[2];
-    [[maybe_unused]] unsigned short row_scale[2];
+    scalar bias[ROW_ROUNDS], gain[ROW_ROUNDS];
+    [[maybe_unused]] unsigned short row_scale[ROW_ROUNDS];
     vec<scalar, 8> residual[AT_ONCE];
   };
 
@@ -77,7 +78,7 @@ struct Finishing {
   __device__ __forceinline__ Ahead fetch(const Tile& tile) const {
     Ahead ahead;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < ROW_ROUNDS; i++) {
       const int of_tile = threadIdx.x + i * CONSUMER_THREADS;
       const int row = row_of_strip(product, chain.append, tile.first + of_tile / STRIP) + of_tile % STRIP;
       const bool exists = of_tile < tile.count * STRIP && row < product.num_rows;
@@ -211,14 +212,19 @@ struct Finishing {
     for (int phase = 0; phase < TILE_STAGES / PHASE_STAGES; phase++) {
       const int first = phase * PHASE_STAGES;
       if (first * STAGE_STRIPS >= tile.count) continue;
-      named_barrier_sync(CONSUMERS, CONSUMER_THREADS);  // what was there has been read
 #pragma unroll
-      for (int stage = 0; stage < PHASE_STAGES; stage++) {
-        if ((first + stage) * STAGE_STRIPS < tile.count) sums.turn(first + stage, turned.at, stage * STAGE_STRIPS * STRIP);
+      for (int part = 0; part < INNER_PARTS; part++) {
+        named_barrier_sync(CONSUMERS, CONSUMER_THREADS);  // what was there has been read, or is there
+        if (part != Sums::inner_part()) continue;
+#pragma unroll
+        for (int stage = 0; stage < PHASE_STAGES; stage++) {
+          if ((first + stage) * STAGE_STRIPS >= tile.count) continue;
+          sums.turn(first + stage, turned.at, stage * STAGE_STRIPS * STRIP, part > 0);
+        }
       }
       if (phase == 0) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < ROW_ROUNDS; i++) {
           const int row = threadIdx.x + i * CONSUMER_THREADS;
           if (row >= TILE_ROWS) continue;
           shared.bias[row] = ahead.bias[i];

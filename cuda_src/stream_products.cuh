@@ -13,12 +13,12 @@ constexpr int GROUPS = SLICE / GROUP;
 constexpr int STAGE_STRIPS = 4;               // of one slice, in a stage
 constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in registers at once
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
-constexpr int CONSUMER_WARPS = 4, CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
-constexpr int CONSUMERS = 1;  // the named barrier of warps 0 to 3
 
-// How the consumers divide a stage: each has 16 tokens (8 of them zeros where there are no more) and some of its strips.
-constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, WARP_STRIPS = TOKEN_PARTS;
-static_assert(CONSUMER_WARPS / TOKEN_PARTS * WARP_STRIPS == STAGE_STRIPS);
+// How the consumers divide a stage: each has 16 tokens (or 8, twice), some of its strips, and all of the slice or half of it.
+constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, WARP_STRIPS = TOKEN_PARTS, INNER_PARTS = TOKENS > 16 ? 1 : 2;
+constexpr int STRIP_PARTS = STAGE_STRIPS / WARP_STRIPS, CONSUMER_WARPS = TOKEN_PARTS * STRIP_PARTS * INNER_PARTS;
+constexpr int CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
+constexpr int CONSUMERS = 1;  // their named barrier
 // How many stages' worth of sums are finished at once.
 constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
 

@@ -45,16 +45,16 @@ struct GroupScale {
 __device__ __forceinline__ unsigned scalars_of_int8(unsigned word) {
 #if defined(DTYPE_BF16)
   // a bfloat16 has 7 bits behind its first one, and the sign has its own: 128 + low bits, less 128 or 256
-  return sub_scalars(word & 0x007f007f | ONES_PLACE, word & 0x00800080 | ONES_PLACE);
+  return sub_scalars(lop3_and_or(word, 0x007f007f, ONES_PLACE), lop3_and_or(word, 0x00800080, ONES_PLACE));
 #else
-  return sub_scalars(word & 0x00ff00ff ^ (ONES_PLACE | 0x00800080), ONES_PLACE | 0x00800080);
+  return sub_scalars(lop3_and_or(word, 0x00ff00ff, ONES_PLACE) ^ 0x00800080, ONES_PLACE | 0x00800080);
 #endif
 }
 
 // The same of float8_e4m3.
 __device__ __forceinline__ unsigned scalars_of_fp8(unsigned word) {
 #if defined(DTYPE_BF16)
-  const unsigned bits = (word & 0x007f007f) << 4 | (word & 0x00800080) << 8;  // exponent and mantissa in their places
+  const unsigned bits = lop3_and_or(word << 4, 0x07f007f0, word << 8 & 0x80008000);  // exponent and mantissa in their places
   return mul_scalars(bits, 0x7b807b80);                                       // 2^120: exponents count from 127 and not from 7
 #else
   return cvt_f16x2_e4m3x2(static_cast<unsigned short>(prmt(word, 0, 0x4420)));
@@ -63,7 +63,7 @@ __device__ __forceinline__ unsigned scalars_of_fp8(unsigned word) {
 
 // Two int4 codes, in bits 0 to 3 and 16 to 19.
 __device__ __forceinline__ unsigned scalars_of_int4(unsigned word, const GroupScale& group) {
-  return fma_scalars(sub_scalars(word & 0x000f000f | ONES_PLACE, ONES_PLACE | 0x00080008), group.scale, group.middle);
+  return fma_scalars(sub_scalars(lop3_and_or(word, 0x000f000f, ONES_PLACE), ONES_PLACE | 0x00080008), group.scale, group.middle);
 }
 
 // B of one step, of the 32 / WEIGHT_BITS that four words of a lane hold.

@@ -255,7 +255,7 @@ def check_layout(ops, kind: str, dtype: str, shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(codes.view("<u4").reshape(words.shape), words)
     padded = np.zeros((-(-rows // 128) * 128, *expected.scales.shape[1:]), np.float16)
     padded[:rows] = expected.scales
-    tiles = np.ascontiguousarray(padded.reshape(-1, 128, *expected.scales.shape[1:]).swapaxes(1, 2))
+    tiles = np.ascontiguousarray(padded.reshape(-1, 8, *expected.scales.shape[1:]).swapaxes(1, 2))
     assert scales.shape == tiles.shape
     np.testing.assert_array_equal(scales.view(np.uint16), tiles.view(np.uint16))
 

@@ -22,7 +22,6 @@ _BITS = {None: 16, "int8": 8, "fp8": 8, "int4": 4}  # of a weight, by the kind o
 _ROWS = (8, 16, 32, 64)  # of x, that there are kernels for
 _STAGE_STRIPS, _TILE_ROWS = 4, 192
 _MOST_SHARED = 227 << 10  # bytes, of an sm_90
-THREADS = 7 * 32
 MOST_ROWS = max(_ROWS)
 MOST_PRODUCTS = 4
 WAITED_IN_VAIN = (
@@ -136,7 +135,8 @@ class Room:
         defines = _defines(dtype, kv_dtype, kind, self.rows)
         size, kernel = shared_bytes(defines), jit.kernel(SOURCE, NAME, **defines)
         kernel.max_dynamic_shared_size_bytes = size
-        launch_dependent(kernel, (self.num_ctas,), (THREADS,), (chain,), shared_mem=size)
+        threads = 32 * (11 if self.rows <= 16 else 7)  # warps that multiply, and three that bring
+        launch_dependent(kernel, (self.num_ctas,), (threads,), (chain,), shared_mem=size)
 
 
 def product(

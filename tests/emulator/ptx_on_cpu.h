@@ -153,6 +153,7 @@ inline unsigned mul_f16x2(unsigned a, unsigned b) {
 inline unsigned sub_f16x2(unsigned a, unsigned b) {
   return simt_f16x2([](double x, double y) { return x - y; }, a, b);
 }
+inline unsigned lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
 inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
   unsigned sum = 0;
   for (int i = 0; i < 32; i += 16) {  // both in turn
