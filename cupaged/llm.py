@@ -172,10 +172,10 @@ class LLM:
                 max_num_seqs * longest,
                 kv_memory,
                 gpu_memory_utilization,
-                activation_bytes(self.config, step_tokens, max_num_seqs * (1 + max_draft)),
+                activation_bytes(self.config, step_tokens, max_num_seqs, max_draft),
             )
             pool = KVPool(ops, self.config, self.kv_cache_dtype, num_blocks, block_size)
-            if also:
+            if decoder:
                 llama.decoder = decoder.Decoder(llama, pool.k, pool.v, pool.scales, longest, max_num_seqs)
         capacity = (num_blocks - 1) * block_size
         if capacity < longest:

@@ -32,7 +32,8 @@ def decoding(ops, monkeypatch, tmp_path):
     monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
-    def make(name, kv_dtype="bfloat16"):
+    def make(name, kv_dtype="bfloat16", chained=True):
+        monkeypatch.setattr(products, "takes", lambda config: chained)
         folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
         config = load_config(folder)
         weights = list(open_weights(folder, config))
@@ -59,6 +60,7 @@ def batch(sequences, tokens, pages, order):
     )
 
 
+@pytest.mark.parametrize("chained", [True, False])
 @pytest.mark.parametrize(
     ("name", "kv_dtype"),
     [
@@ -66,8 +68,8 @@ def batch(sequences, tokens, pages, order):
         *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
     ],
 )
-def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
-    (model, reference), pools = decoding(name, kv_dtype)
+def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype, chained):
+    (model, reference), pools = decoding(name, kv_dtype, chained)
     rng = np.random.default_rng([SEED, 61])
     vocab = model.config.vocab_size
     pages = rng.permutation(np.arange(1, BLOCKS))[:20].reshape(5, 4)
@@ -97,9 +99,10 @@ def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
     assert set(model.decoder._graphs) == {1, 4, 8}
 
 
-def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops):
+@pytest.mark.parametrize("chained", [True, False])
+def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops, chained):
     """Steps queued one behind the other, their tokens asked for a step later; each draw is that from the logits of its step."""
-    (model, _), (pool, _) = decoding("llama-gqa")
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
     decoder, rng = model.decoder, np.random.default_rng([SEED, 62])
     vocab = model.config.vocab_size
     pages = rng.permutation(np.arange(1, BLOCKS))[:21].reshape(7, 3)
@@ -160,8 +163,9 @@ def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
     assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
 
 
-def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monkeypatch):
-    (model, _), (pool, _) = decoding("llama-gqa")
+@pytest.mark.parametrize("chained", [True, False])
+def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monkeypatch, chained):
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
     queue, num_ahead, found = model.decoder.queue, 0, []
 
     def counting(batch, draws, rows=None):
