@@ -17,9 +17,10 @@ from cupaged.errors import DeviceError
 from cupaged.model.decoder import Decoder
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import DRAWS
+from cupaged.ops import cuda, products
 from cupaged.ops import numpy as reference_ops
-from cupaged.ops import products
 
+from .emulator import Kernel
 from .test_weight_stream import encode_rows
 
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
@@ -199,3 +200,53 @@ def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monk
         assert (num_ahead > 3) == ahead
         assert engine.blocks.num_used == 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_more_sequences_than_a_chain_takes(decoding, ops, chained):
+    """A step of 70 is captured one by one, its tokens where the smaller graph of the next finds them, and back."""
+    (model, reference), pools = decoding("llama-gqa", chained=chained)
+    model.decoder = Decoder(model, pools[0].k, pools[0].v, None, 64, 70)
+    rng = np.random.default_rng([SEED, 63])
+    everyone = np.arange(70)
+    pages = np.repeat(np.arange(1, BLOCKS), 4)[:70, None]  # four have each block, and write what is equal there
+    tokens = np.repeat(rng.integers(0, model.config.vocab_size, BLOCKS), 4)[:70]
+    under = np.zeros(70, DRAWS)
+    waiting = None
+    for length, running in ((1, everyone), (2, everyone), (3, everyone[:40]), (4, everyone[8:40])):
+        rows = None if length == 1 else [waiting[0].tolist().index(number) for number in running]
+        step = batch([(n, length) for n in running], [[tokens[n]] for n in running], pages, np.arange(running.size))
+        under["position"] = length
+        drawn = model.decoder.queue(step, under[running], rows)
+        if waiting is not None:
+            tokens[waiting[0]] = waiting[1].tokens()
+            step.token_ids[...] = tokens[running]
+        want = reference.forward(step, pools[1].k, pools[1].v)
+        got = model.decoder._last._logits[: running.size]
+        assert np.linalg.norm(got - want) <= LIMIT["bfloat16"] * np.linalg.norm(want)
+        assert drawn.tokens() == got.argmax(axis=1).tolist()
+        waiting = running, drawn
+        model.check()
+    chains = {size: graph.chain is not None for size, graph in model.decoder._graphs.items()}
+    assert chains == {96: False, 48: chained, 32: chained}
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_without_products_in_graphs_there_is_what_the_chain_takes(decoding, monkeypatch, caplog, chained):
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
+    gemm = cuda._gemm
+
+    def refusing(*args):
+        if Kernel.captured is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        gemm(*args)
+
+    monkeypatch.setattr(cuda, "_gemm", refusing)
+    decoder = Decoder(model, pool.k, pool.v, None, 64, 70)
+    assert decoder.max_sequences == (64 if chained else 0)
+    assert decoder.max_sequences == (64 if chained else 0)
+    [record] = caplog.records
+    assert "one operation at a time" in record.getMessage()
+    assert decoder.takes(batch([(0, 1)], [[3]], [[2]], np.arange(1))) == chained
+    assert Decoder(model, pool.k, pool.v, None, 64, 16).max_sequences == (16 if chained else 0)
+    assert len(caplog.records) == (1 if chained else 2)
