@@ -11,6 +11,7 @@ import re
 import sys
 import time
 
+from cupaged.attention import device_plan
 from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
@@ -28,6 +29,8 @@ def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **fl
 STREAMS = [
     (source, defines) for source, _, defines in (*chain.variants("float16", "uint8"), *chain.variants("bfloat16", "bfloat16"))
 ]
+
+PLAN = (device_plan.SOURCE, {"STEP": persistent.STEP["sm80"]})
 
 # The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
@@ -50,6 +53,7 @@ NAMED = [
     *((("rope_append.cu", {**BF16, **kv, "QK_NORM": 1}), "90a") for kv in ({}, {"KV_INT8": 1}, {"KV_FP8": 1})),
     (("embedding.cu", {}), "86"),
     *((stream, "90a") for stream in STREAMS),
+    *((PLAN, arch) for arch in ("80", "90a", "120")),
 ]
 
 
@@ -92,6 +96,7 @@ def main() -> int:
     for dtype in ops.DTYPES:
         streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype)]
         variants |= {key(source, defines): ("90a",) for source, _, defines in streams}
+    variants[key(*PLAN)] = ARCHITECTURES
     variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}
     matrix = [((source, dict(defines)), arch) for (source, defines), archs in sorted(variants.items()) for arch in archs]
     pairs = matrix if every else NAMED
