@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def _sizes(most: int) -> list[int]:
     sizes = list(_SIZES)
     while sizes[-1] < most:
         sizes.append(sizes[-1] + max(32, 1 << sizes[-1].bit_length() - 3))
-    return sizes
+    return sizes[: bisect.bisect_left(sizes, most) + 1]
 
 
 class Drawn:
@@ -138,9 +139,10 @@ class Decoder:
 
     def _graph_for(self, batch: Batch) -> _Graph:
         size = next(size for size in self._sizes if size >= batch.seq_lens.size)
-        if size not in self._graphs:
-            chained = size <= self._most_chained
-            self._graphs[size] = _Graph(self._model, self._pools, size, self._max_model_len, chained, self._capture)
+        chained = size <= self._most_chained
+        for each in [size] if chained else [self._sizes[-1], size]:  # the largest first: the others have room in its memory
+            if each not in self._graphs:
+                self._graphs[each] = _Graph(self._model, self._pools, each, self._max_model_len, chained, self._capture)
         return self._graphs[size]
 
     def _replay(self, graph: _Graph) -> Array:
@@ -186,7 +188,8 @@ class _Capture:
     def __init__(self) -> None:
         self._cupy = jit.import_cupy()
         self._stream = self._cupy.cuda.Stream(non_blocking=True)  # one for all: pools keep what they have by stream
-        self._memory = self._cupy.cuda.MemoryPool(self._cupy.get_default_memory_pool().malloc)
+        self._default = self._cupy.get_default_memory_pool()
+        self._memory = self._cupy.cuda.MemoryPool(self._default.malloc)
 
     def __call__(self, compute: Callable[[], Array]) -> tuple[Any, Array]:
         """The graph of what `compute` queues, and the array that it returns, as each replay leaves it."""
@@ -201,6 +204,7 @@ class _Capture:
                     result = compute()
             finally:
                 graph = stream.end_capture()
+        self._default.free_all_blocks(stream)  # what the first time took is of no use to other streams
         # Not the array itself: its memory is free for the next graph.
         there = cupy.cuda.UnownedMemory(result.data.ptr, result.nbytes, self._memory)
         return graph, cupy.ndarray(result.shape, result.dtype, cupy.cuda.MemoryPointer(there, 0))
