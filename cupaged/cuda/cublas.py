@@ -10,7 +10,7 @@ from typing import Any
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, OutOfMemory
 
-_WORKSPACE_BYTES = 32 << 20  # what NVIDIA advises for compute capability 9.0 (cuBLAS, section 2.4.8); it is less for others
+_WORKSPACE_BYTES = 32 << 20  # what the manual of cublasSetWorkspace advises for compute capability 9.0; it is less for others
 _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
 _MATRIX = (_POINTER, _INT, _INT)  # address, type, leading dimension
 _GEMM_EX = (_POINTER, *(_INT,) * 5, _POINTER, *_MATRIX, *_MATRIX, _POINTER, *_MATRIX, _INT, _INT)
