@@ -21,10 +21,14 @@ __device__ __forceinline__ int position_of_row(int row, int sequence, const int*
   return seq_lens[sequence] - (q_indptr[sequence + 1] - row);
 }
 
-// Offset in elements of a position's K (or V) in one kv head of the pool; a pool may hold more than 2^32 bytes.
+// Offset in elements of a position's K (or V), in a block, in one kv head of the pool; a pool may hold more than 2^32 bytes.
+__device__ __forceinline__ long long slot_offset(
+    int block, int position, int kv_head, int num_blocks, int block_shift, int head_dim) {
+  const long long of_pool = static_cast<long long>(kv_head) * num_blocks + block;
+  const int slot = position & ((1 << block_shift) - 1);
+  return ((of_pool << block_shift) + slot) * head_dim;
+}
 __device__ __forceinline__ long long kv_offset(
     int position, const int* page_table, int kv_head, int num_blocks, int block_shift, int head_dim) {
-  const long long block = static_cast<long long>(kv_head) * num_blocks + page_table[position >> block_shift];
-  const int slot = position & ((1 << block_shift) - 1);
-  return ((block << block_shift) + slot) * head_dim;
+  return slot_offset(page_table[position >> block_shift], position, kv_head, num_blocks, block_shift, head_dim);
 }

@@ -1,6 +1,31 @@
-// What becomes of a tile's sums: of every group of 8 tokens a lane finishes 8 rows of one.
+// What becomes of a tile's sums: in phases, by way of shared memory, octet by octet. An octet is a strip's 8 rows of one token.
 #pragma once
 #include "stream_sums.cuh"
+
+constexpr int STAGE_OCTETS = STAGE_STRIPS * TOKENS;
+constexpr int ROUNDS = (PHASE_STAGES * STAGE_OCTETS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a phase, an octet a thread
+constexpr int AT_ONCE = ROUNDS < 2 || TOKENS == 64 ? 1 : 2;  // rounds; registers do not allow more
+
+// Strips of a product, side by side.
+struct Tile {
+  int first, count;
+};
+
+struct Octet {
+  int strip, token;  // strip of the tile
+  int row;           // the first one, of the product
+  int column;        // where the phase has it
+  bool exists;
+
+  __device__ __forceinline__ Octet(const Chain& chain, const Product& product, const Tile& tile, int phase, int round) {
+    const int number = round * CONSUMER_THREADS + threadIdx.x, stage = number / STAGE_OCTETS;
+    strip = (phase * PHASE_STAGES + stage) * STAGE_STRIPS + number % STAGE_STRIPS;
+    token = number % STAGE_OCTETS / STAGE_STRIPS;
+    row = row_of_strip(product, chain.append, tile.first + strip);
+    column = (stage * STAGE_STRIPS + number % STAGE_STRIPS) * STRIP;
+    exists = stage < PHASE_STAGES && strip < tile.count && row < product.num_rows && token < chain.num_tokens;
+  }
+};
 
 // Where 8 rows of a token are in an array [tokens, width]: multiples of 8 and 16 bytes.
 template <class T>
@@ -21,159 +46,216 @@ __device__ __forceinline__ void store_rounded(T* target, const float* values) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ void finish_store(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
-  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, const vec<float, 8>& values) {
-    if (row >= product.num_rows || token >= num_tokens) return;
-    T* target = place<T>(product.out, product.num_rows, row, token);
+// The sums of a phase, on their way from who has them to who finishes them.
+struct Turned {
+  float at[TOKENS][PHASE_ROWS + 4];
+  float squares[TILE_STAGES][TOKENS];
+};
+static_assert(sizeof(Turned) <= sizeof(Slice<TOKENS>));
+
+// All that the finishing of a product needs.
+struct Finishing {
+  const Chain& chain;
+  const Product& product;
+  Shared& shared;
+  const float* factors;
+  float squares = 0;  // thread `token`: of that token's residual, over the tiles so far
+
+  // What is read from global memory long before it is wanted: of two rows of the tile, and of the first octets.
+  struct Ahead {
+    scalar bias[2], gain[2];
+    vec<scalar, 8> residual[AT_ONCE];
+  };
+
+  __device__ __forceinline__ void fetch_residual(vec<scalar, 8>& residual, const Octet& octet) const {
+    if (!octet.exists) return;
+    const scalar* source = place<scalar>(product.out, product.num_rows, octet.row, octet.token);
+    residual = load_from_others(reinterpret_cast<const vec<scalar, 8>*>(source));
+  }
+
+  __device__ __forceinline__ Ahead fetch(const Tile& tile) const {
+    Ahead ahead;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int of_tile = threadIdx.x + i * CONSUMER_THREADS;
+      const int row = row_of_strip(product, chain.append, tile.first + of_tile / STRIP) + of_tile % STRIP;
+      const bool exists = of_tile < tile.count * STRIP && row < product.num_rows;
+      ahead.bias[i] = exists && product.bias != nullptr ? product.bias[row] : from_float<scalar>(0);
+      ahead.gain[i] = exists && product.gain != nullptr ? product.gain[row] : from_float<scalar>(0);
+    }
+    if (product.finish != ADD) return ahead;
+    for_each_octet(tile, 0, 0, [&](int i, const Octet& octet) { fetch_residual(ahead.residual[i], octet); });
+    return ahead;
+  }
+
+  // The product's values of a strip's 8 rows.
+  __device__ __forceinline__ vec<float, 8> values(const Turned& turned, int token, int column, int strip) const {
+    vec<float, 8> values = load<8>(&turned.at[token][column]);
+    const vec<scalar, 8> bias = load<8>(&shared.bias[strip * STRIP]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factors[token] + to_float(bias.at[i]);
+    return values;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store_octet(const Turned& turned, const Octet& octet) const {
+    if (!octet.exists) return;
+    const vec<float, 8> sums = values(turned, octet.token, octet.column, octet.strip);
+    T* target = place<T>(product.out, product.num_rows, octet.row, octet.token);
     if (product.num_rows % 8 == 0) {
-      store_rounded<8>(target, values.at);
+      store_rounded<8>(target, sums.at);
     } else {  // a vocabulary may have any size
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (row + i < product.num_rows) store_for_others(target + i, from_float<T>(values.at[i]));
+        if (octet.row + i < product.num_rows) store_for_others(target + i, from_float<T>(sums.at[i]));
       }
     }
-  });
-}
+  }
 
-// Of every 16 rows the first 8 are gates and the others what they let through: who has the gates gets the others from the next
-// lane.
-__device__ __forceinline__ void finish_swiglu(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
-  sums.for_each_eight(product, shared, factors, tile, [&](int, int row, int token, vec<float, 8> gate) {
+  // Of two strips the first has the gates, the second what they let through.
+  __device__ __forceinline__ void swiglu(const Turned& turned, const Octet& octet) const {
+    if (!octet.exists || octet.strip % 2) return;
+    vec<float, 8> gate = values(turned, octet.token, octet.column, octet.strip);
+    const vec<float, 8> up = values(turned, octet.token, octet.column + STRIP, octet.strip + 1);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float up = __shfl_down_sync(0xffffffffu, gate.at[i], 1);
-      gate.at[i] = gate.at[i] / (1.0f + expf(-gate.at[i])) * up;
-    }
-    if (row % 16 || row >= product.num_rows || token >= num_tokens) return;
-    store_rounded<8>(place<scalar>(product.out, product.num_rows / 2, row / 2, token), gate.at);
-  });
-}
+    for (int i = 0; i < 8; i++) gate.at[i] = gate.at[i] / (1.0f + expf(-gate.at[i])) * up.at[i];
+    store_rounded<8>(place<scalar>(product.out, product.num_rows / 2, octet.row / 2, octet.token), gate.at);
+  }
 
-// Queries and keys turn by their token's position, element i of a head's lower half with element i of the upper: what another
-// warp has summed. Queries are stored, keys and values appended to their pages.
-__device__ __forceinline__ void finish_qkv(
-    const Product& product, const Append& append, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = append.head_dim / 2;
-  const int row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8, head = row / append.head_dim, d = row % append.head_dim;
-  const bool lower = d < half, value_head = head >= append.num_heads + append.num_kv_heads;
-  const int other_row = lower ? row + half : row - half, other_warp = other_row % TILE / WARP_ROWS;
-  const Bias bias(product, row), other_bias(product, other_row);
-#pragma unroll
-  for (int j = 0; j < GROUPS; j++) {
-    __syncwarp();
-    named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-    sums.turn(shared, j);
-    named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-    const int token = 8 * j + lane / 4;
-    const int position = token < num_tokens ? append.seq_lens[token] - 1 : -1;
-    if (row >= product.num_rows || position < 0) continue;
-    vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
-    bias.add(values, factors[token]);
-    if (!value_head) {
-      vec<float, 8> others = load<8>(&shared.turned[other_warp][lane / 4][lane % 4 * 8]);
-      other_bias.add(others, factors[token]);
-      const float* angles = append.rope_table + static_cast<long long>(position) * append.head_dim + d % half;
-      const vec<float, 8> cosine = load<8>(angles), sine = load<8>(angles + half);
+  // What a lane adds to squares[stage of the tile][token].
+  __device__ __forceinline__ void add(Turned& turned, const Octet& octet, const vec<scalar, 8>& residual) const {
+    const bool normed = product.gain != nullptr;
+    float square = 0;
+    if (octet.exists) {
+      const vec<float, 8> sums = values(turned, octet.token, octet.column, octet.strip);
+      const vec<scalar, 8> gain = load<8>(&shared.gain[octet.strip * STRIP]);
+      vec<float, 8> scaled;
+      vec<scalar, 8> rounded;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        values.at[i] = values.at[i] * cosine.at[i] + (lower ? -others.at[i] : others.at[i]) * sine.at[i];
+        rounded.at[i] = from_float<scalar>(to_float(residual.at[i]) + sums.at[i]);
+        const float value = to_float(rounded.at[i]);
+        scaled.at[i] = before_norm(value, to_float(gain.at[i]));
+        square = fmaf(value, value, square);
       }
+      const auto target = [&](void* array) { return place<scalar>(array, product.num_rows, octet.row, octet.token); };
+      store_for_others(reinterpret_cast<vec<scalar, 8>*>(target(product.out)), rounded);
+      if (normed) store_rounded<8>(target(product.normed), scaled.at);
+    }
+    square += __shfl_xor_sync(0xffffffffu, square, 1);
+    square += __shfl_xor_sync(0xffffffffu, square, 2);
+    const int stage = octet.strip / STAGE_STRIPS;
+    if (threadIdx.x % STAGE_STRIPS == 0 && stage < TILE_STAGES) turned.squares[stage][octet.token] = square;
+  }
+
+  // Queries and keys turn by their token's position, element i of a head's lower half with element i of the upper: two strips of
+  // a pair. Queries are stored, keys and values appended to their pages.
+  struct Angles {
+    vec<float, 8> cosine, sine;
+  };
+  __device__ __forceinline__ void fetch_angles(Angles& angles, const Octet& octet) const {
+    if (!octet.exists || shared.position[octet.token] < 0) return;
+    const int head_dim = chain.append.head_dim;
+    const float* source = chain.append.rope_table + static_cast<long long>(shared.position[octet.token]) * head_dim;
+    source += octet.row % (head_dim / 2);
+    angles = {load<8>(source), load<8>(source + head_dim / 2)};
+  }
+  __device__ __forceinline__ void qkv(const Turned& turned, const Octet& octet, const Angles& angles) const {
+    const Append& append = chain.append;
+    const int position = octet.exists ? shared.position[octet.token] : -1;
+    if (position < 0) return;
+    const int head = octet.row / append.head_dim, d = octet.row % append.head_dim, other = octet.strip % 2 ? -1 : 1;
+    const bool value_head = head >= append.num_heads + append.num_kv_heads;
+    vec<float, 8> sums = values(turned, octet.token, octet.column, octet.strip);
+    if (!value_head) {
+      const vec<float, 8> others = values(turned, octet.token, octet.column + other * STRIP, octet.strip + other);
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums.at[i] = sums.at[i] * angles.cosine.at[i] - other * others.at[i] * angles.sine.at[i];
     }
     if (head < append.num_heads) {
-      store_rounded<8>(place<scalar>(product.out, append.num_heads * append.head_dim, row, token), values.at);
-      continue;
+      store_rounded<8>(place<scalar>(product.out, append.num_heads * append.head_dim, octet.row, octet.token), sums.at);
+      return;
     }
     const int kv_head = (head - append.num_heads) % append.num_kv_heads;
-    const int* page_table = append.page_indices + append.page_indptr[token];
-    kv_code* pool = value_head ? append.v_pool : append.k_pool;
-    pool += kv_offset(position, page_table, kv_head, append.num_blocks, append.block_shift, append.head_dim) + d;
+    kv_code* target = (value_head ? append.v_pool : append.k_pool) + d;
+    target += slot_offset(shared.block[octet.token], position, kv_head, append.num_blocks, append.block_shift, append.head_dim);
 #if defined(KV_FP8)
     const float scale = append.kv_scales[2 * kv_head + value_head];
     vec<kv_code, 8> codes;
 #pragma unroll
-    for (int i = 0; i < 8; i++) codes.at[i] = cvt_e4m3_satfinite(values.at[i] / scale);
-    store(pool, codes);
+    for (int i = 0; i < 8; i++) codes.at[i] = cvt_e4m3_satfinite(sums.at[i] / scale);
+    store(target, codes);
 #else
-    store_rounded<8>(pool, values.at);
+    store_rounded<8>(target, sums.at);
 #endif
   }
-}
 
-// What of the residual a lane adds to, by group of tokens.
-struct Residual {
-  vec<scalar, 8> at[GROUPS];
-
-  __device__ __forceinline__ void fetch(const Product& product, int tile, int num_tokens) {
-    const int lane = threadIdx.x % 32, row = tile * TILE + threadIdx.x / 32 * WARP_ROWS + lane % 4 * 8;
+  // f(i, octet) for this thread's octets of some rounds.
+  template <class F>
+  __device__ __forceinline__ void for_each_octet(const Tile& tile, int phase, int round, F f) const {
 #pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-      const int token = 8 * j + lane / 4;
-      if (row >= product.num_rows || token >= num_tokens) continue;
-      at[j] = load_from_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.out, product.num_rows, row, token)));
+    for (int i = 0; i < AT_ONCE; i++) f(i, Octet(chain, product, tile, phase, round + i));
+  }
+
+  __device__ __forceinline__ void finish(const Sums& sums, const Tile& tile, Ahead& ahead, Turned& turned) {
+#pragma unroll
+    for (int phase = 0; phase < TILE_STAGES / PHASE_STAGES; phase++) {
+      const int first = phase * PHASE_STAGES;
+      if (first * STAGE_STRIPS >= tile.count) continue;
+      named_barrier_sync(CONSUMERS, CONSUMER_THREADS);  // what was there has been read
+#pragma unroll
+      for (int stage = 0; stage < PHASE_STAGES; stage++) {
+        if ((first + stage) * STAGE_STRIPS < tile.count) sums.turn(first + stage, turned.at, stage * STAGE_STRIPS * STRIP);
+      }
+      if (phase == 0) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int row = threadIdx.x + i * CONSUMER_THREADS;
+          if (row >= TILE_ROWS) continue;
+          shared.bias[row] = ahead.bias[i];
+          shared.gain[row] = ahead.gain[i];
+        }
+      }
+      named_barrier_sync(CONSUMERS, CONSUMER_THREADS);
+      const int octets = min(PHASE_STAGES, (tile.count + STAGE_STRIPS - 1) / STAGE_STRIPS - first) * STAGE_OCTETS;
+#pragma unroll 1
+      for (int round = 0; round * CONSUMER_THREADS < octets; round += AT_ONCE) {
+        finish_octets(turned, tile, phase, round, ahead);
+      }
     }
+    if (product.finish != ADD) return;
+    named_barrier_sync(CONSUMERS, CONSUMER_THREADS);
+    if (threadIdx.x >= TOKENS) return;
+    for (int stage = 0; stage * STAGE_STRIPS < tile.count; stage++) squares += turned.squares[stage][threadIdx.x];
+  }
+
+  __device__ __forceinline__ void finish_octets(Turned& turned, const Tile& tile, int phase, int round, Ahead& ahead) const {
+    if (product.finish == STORE) {
+      for_each_octet(tile, phase, round, [&](int, const Octet& octet) { store_octet<scalar>(turned, octet); });
+    } else if (product.finish == STORE_FLOAT) {
+      for_each_octet(tile, phase, round, [&](int, const Octet& octet) { store_octet<float>(turned, octet); });
+    } else if (product.finish == SWIGLU) {
+      for_each_octet(tile, phase, round, [&](int, const Octet& octet) { swiglu(turned, octet); });
+    } else if (product.finish == ADD) {
+      if (phase || round) for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { fetch_residual(ahead.residual[i], octet); });
+      for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { add(turned, octet, ahead.residual[i]); });
+    } else {
+      Angles angles[AT_ONCE];
+      if (AT_ONCE > 1) for_each_octet(tile, phase, round, [&](int i, const Octet& octet) { fetch_angles(angles[i], octet); });
+      for_each_octet(tile, phase, round, [&](int i, const Octet& octet) {
+        if (AT_ONCE == 1) fetch_angles(angles[i], octet);
+        qkv(turned, octet, angles[i]);
+      });
+    }
+  }
+
+  // After the last tile of a CTA that has any.
+  __device__ __forceinline__ void publish() const {
+    if (product.finish == ADD && product.gain != nullptr && threadIdx.x < TOKENS) {
+      store_for_others(product.squares + blockIdx.x * TOKENS + threadIdx.x, squares);
+    }
+    fence_proxy_async_global();
+    named_barrier_sync(CONSUMERS, CONSUMER_THREADS);
+    if (threadIdx.x == 0) red_add_release_gpu(product.done, 1);
   }
 };
-
-__device__ __forceinline__ void finish_add(
-    const Product& product, const Sums& sums, Shared& shared, const float* factors, int tile, int num_tokens,
-    const Residual& residual) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  vec<scalar, 8> gain = {};
-  const bool normed = product.gain != nullptr;
-  const int first_row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
-  if (normed && first_row < product.num_rows) gain = load<8>(product.gain + first_row);
-  sums.for_each_eight(product, shared, factors, tile, [&](int j, int row, int token, const vec<float, 8>& values) {
-    float squares = 0;
-    if (row < product.num_rows && token < num_tokens) {
-      vec<scalar, 8> sum, scaled;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        sum.at[i] = from_float<scalar>(to_float(residual.at[j].at[i]) + values.at[i]);
-        const float value = to_float(sum.at[i]);
-        scaled.at[i] = before_norm(value, gain.at[i]);
-        squares = fmaf(value, value, squares);
-      }
-      store_for_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.out, product.num_rows, row, token)), sum);
-      if (normed) store_for_others(reinterpret_cast<vec<scalar, 8>*>(place<scalar>(product.normed, product.num_rows, row, token)), scaled);
-    }
-    squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-    squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-    if (lane % 4 == 0) shared.squares[warp][token] = squares;
-  });
-  named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-  if (normed && threadIdx.x < TOKENS) {
-    float sum = 0;
-    for (int w = 0; w < CONSUMER_WARPS; w++) sum += shared.squares[w][threadIdx.x];
-    store_for_others(product.squares + tile * TOKENS + threadIdx.x, sum);
-  }
-}
-
-// A tile of which this CTA has the first `count` units, and others the rest.
-__device__ __forceinline__ void finish(
-    const Chain& chain, const Product& product, Sums& sums, Shared& shared, const float* factors, int tile, int count) {
-  Residual residual;
-  if (product.finish == ADD) residual.fetch(product, tile, chain.num_tokens);
-  const Cut cut(product);
-  if (count < cut.per_tile) {
-    const int last = cut.owner((tile + 1) * cut.per_tile - 1);
-    sums.add_parts(chain, blockIdx.x + 1, last);
-  }
-  if (product.finish == STORE) {
-    finish_store<scalar>(product, sums, shared, factors, tile, chain.num_tokens);
-  } else if (product.finish == STORE_FLOAT) {
-    finish_store<float>(product, sums, shared, factors, tile, chain.num_tokens);
-  } else if (product.finish == SWIGLU) {
-    finish_swiglu(product, sums, shared, factors, tile, chain.num_tokens);
-  } else if (product.finish == QKV) {
-    finish_qkv(product, chain.append, sums, shared, factors, tile, chain.num_tokens);
-  } else {
-    finish_add(product, sums, shared, factors, tile, chain.num_tokens, residual);
-  }
-  fence_proxy_async_global();
-  named_barrier_sync(CONSUMERS, 32 * CONSUMER_WARPS);
-  if (threadIdx.x == 0) red_add_release_gpu(product.done, 1);
-}

@@ -10,9 +10,7 @@ constexpr float HEADROOM = 1.0f / 64;
 constexpr float HEADROOM = 1;
 #endif
 
-__device__ __forceinline__ scalar before_norm(float residual, scalar gain) {
-  return from_float<scalar>(residual * to_float(gain) * HEADROOM);
-}
+__device__ __forceinline__ float before_norm(float residual, float gain) { return residual * gain * HEADROOM; }
 __device__ __forceinline__ float after_norm(float sum_of_squares, int width, float eps) {
   return 1.0f / (HEADROOM * sqrtf(sum_of_squares / width + eps));
 }

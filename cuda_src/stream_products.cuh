@@ -3,13 +3,23 @@
 #include "paged_kv.cuh"
 #include "stream_norm.cuh"
 
-constexpr int TILE = 128, DEPTH = 64;  // rows of weights and length of a unit
-constexpr int CONSUMER_WARPS = 4, WARP_ROWS = TILE / CONSUMER_WARPS, THREADS = 32 * (CONSUMER_WARPS + 3);
-constexpr int GROUPS = TOKENS / 8;  // of tokens, as many as an mma has columns
+constexpr int STRIP = 8;                      // rows of weights that an mma has as columns
+constexpr int SLICE = 256;                    // of the inner dimension: what of x is in shared memory at once
+constexpr int BLOCK = 64, BLOCKS = SLICE / BLOCK;  // scalars of 128 bytes
+constexpr int STAGE_STRIPS = 4;               // of one slice, in a stage
+constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in registers at once
+constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
+constexpr int CONSUMER_WARPS = 4, CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
 constexpr int CONSUMERS = 1;  // the named barrier of warps 0 to 3
-constexpr unsigned UNWRITTEN = 0xffffffff;  // a NaN that no sum is; where it lies, a piece of 16 bytes is yet to come
+
+// How the consumers divide a stage: each has 16 tokens (8 of them zeros where there are no more) and some of its strips.
+constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, WARP_STRIPS = TOKEN_PARTS;
+static_assert(CONSUMER_WARPS / TOKEN_PARTS * WARP_STRIPS == STAGE_STRIPS);
+// How many stages' worth of sums are finished at once.
+constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
+
 #ifndef MOST_UNDER_WAY
-#define MOST_UNDER_WAY 3
+#define MOST_UNDER_WAY 4
 #endif
 #ifndef PATIENCE
 #define PATIENCE 2000000000ull  // nanoseconds
@@ -25,14 +35,14 @@ enum Finish { STORE, STORE_FLOAT, SWIGLU, ADD, QKV };
 
 struct Product {
   TensorMap weights, x;
-  void* out;              // [tokens, num_rows]; of SWIGLU half as many, of QKV q's; of ADD the residual, which it reads too
-  const scalar* bias;     // [num_rows] or null; added to the product
-  const scalar* gain;     // ADD: [num_rows], of the norm that comes next, or null: then the two below are not written
-  scalar* normed;         // ADD: [tokens, num_rows], the residual times the gain
-  float* squares;         // ADD: [tiles, TOKENS], of the residual, summed over the tile's rows
-  const float* x_squares;  // [x_tiles, TOKENS] of what x was made from; null: x is taken as it is
-  unsigned* done;         // tiles finished
-  int num_rows, inner, x_tiles, finish;
+  void* out;               // [tokens, num_rows]; of SWIGLU half as many, of QKV q's; of ADD the residual, which it reads too
+  const scalar* bias;      // [num_rows] or null; added to the product
+  const scalar* gain;      // ADD: [num_rows], of the norm that comes next, or null: then the two below are not written
+  scalar* normed;          // ADD: [tokens, num_rows], the residual times the gain
+  float* squares;          // ADD: [CTAs that have rows, TOKENS], of the residual, summed over the CTA's rows
+  const float* x_squares;  // [x_parts, TOKENS] of what x was made from; null: x is taken as it is
+  unsigned* done;          // CTAs that have finished
+  int num_rows, inner, x_parts, finish;
   float eps;
 };
 static_assert(sizeof(Product) == 384, "PRODUCT of cupaged/ops/products.py");
@@ -49,29 +59,30 @@ struct Append {
 constexpr int MOST_PRODUCTS = 4;
 struct Chain {
   Product products[MOST_PRODUCTS];
-  uint4* parts;    // [gridDim.x, TILE * TOKENS / 4], UNWRITTEN before and after
   unsigned* flag;  // of the host: 1 after a wait has lasted too long
-  Append append;
+  Append append;   // all zeros where no product is QKV
   int num_products, num_tokens;
 };
 static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/products.py");
 
-// Rows of 64 scalars with the 128-byte swizzle: piece p (8 scalars) of row r lies at p XOR r % 8.
+// ROWS rows of a slice, as boxes of 128 bytes of each row with the 128-byte swizzle: piece p (16 bytes) of row r at p XOR r % 8.
 template <int ROWS>
-struct alignas(1024) Box {
-  scalar at[ROWS][DEPTH];
+struct alignas(1024) Slice {
+  scalar at[BLOCKS][ROWS][BLOCK];
 
-  __device__ __forceinline__ const scalar* piece(int row, int number) const { return &at[row][(number ^ row % 8) * 8]; }
+  __device__ __forceinline__ const scalar* piece(int block, int row, int number) const {
+    return &at[block][row][(number ^ row % 8) * 8];
+  }
 };
 
 struct Shared {
-  Box<TILE> weights[STAGES];
-  Box<TOKENS> x[X_STAGES];
+  Slice<STRIP> weights[STAGES][STAGE_STRIPS];
+  Slice<TOKENS> x[X_STAGES];
   unsigned long long weights_full[STAGES], weights_empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
   unsigned long long factors_full[MOST_PRODUCTS];
-  float factors[MOST_PRODUCTS][TOKENS];  // 1 / rms; one for each product: whoever has no unit may fall behind
-  float squares[CONSUMER_WARPS][TOKENS];
-  float turned[CONSUMER_WARPS][8][WARP_ROWS + 4];  // sums of a warp's rows and 8 tokens, on their way to who stores them
+  float factors[MOST_PRODUCTS][TOKENS];    // 1 / rms; one for each product: whoever has no rows may fall behind
+  int position[TOKENS], block[TOKENS];     // of QKV's tokens, and the pool's block that holds them; -1: no such token
+  alignas(16) scalar bias[TILE_ROWS], gain[TILE_ROWS];  // of a tile that is finished
 };
 
 // Whose turn it is in a ring of N stages: consumers wait for `parity` of full, the producer for the other parity of empty.
@@ -88,40 +99,48 @@ struct Turn {
   }
 };
 
-// The units of a product, and which CTA has which: none where there are fewer units than CTAs.
+// Which strips of a product a CTA has: as many as the others, or one less; in pairs where two are finished together.
 struct Cut {
-  int units, per_tile, ctas;
+  int unit, units, ctas, each, more;  // the first `more` CTAs have one unit more than `each`
 
   __device__ __forceinline__ explicit Cut(const Product& product)
-      : per_tile((product.inner + DEPTH - 1) / DEPTH) {
-    units = num_tiles(product) * per_tile;
-    ctas = min(units, static_cast<int>(gridDim.x));
-  }
+      : unit(product.finish == SWIGLU || product.finish == QKV ? 2 : 1),
+        units((product.num_rows + STRIP * unit - 1) / (STRIP * unit)),
+        ctas(min(units, static_cast<int>(gridDim.x))),  // that have any
+        each(units / static_cast<int>(gridDim.x)),
+        more(units % static_cast<int>(gridDim.x)) {}
 
-  __device__ static __forceinline__ int num_tiles(const Product& product) { return (product.num_rows + TILE - 1) / TILE; }
-
-  // The first unit of a CTA.
-  __device__ __forceinline__ int begin(int cta) const {
-    return static_cast<int>(static_cast<long long>(units) * min(cta, ctas) / ctas);
-  }
-  __device__ __forceinline__ int owner(int unit) const {
-    return static_cast<int>((static_cast<long long>(unit + 1) * ctas - 1) / units);
-  }
+  __device__ __forceinline__ int begin(int cta) const { return unit * (cta * each + min(cta, more)); }
 };
 
-// f(tile, unit of the tile) for all units of this CTA.
+// f(first strip, number of strips) for the tiles of this CTA, of about the same size.
 template <class F>
-__device__ __forceinline__ void for_each_unit(const Product& product, F f) {
+__device__ __forceinline__ void for_each_tile(const Product& product, F f) {
   const Cut cut(product);
   const int end = cut.begin(blockIdx.x + 1);
-  int unit = cut.begin(blockIdx.x), tile = unit / cut.per_tile, k = unit % cut.per_tile;
-  for (; unit < end; unit++) {
-    f(tile, k);
-    if (++k == cut.per_tile) {
-      k = 0;
-      tile++;
-    }
-  }
+  int first = cut.begin(blockIdx.x);
+  if (first == end) return;
+  const int tiles = (end - first + TILE_STRIPS - 1) / TILE_STRIPS;
+  const int most = ((end - first + tiles - 1) / tiles + STAGE_STRIPS - 1) / STAGE_STRIPS * STAGE_STRIPS;
+  for (; first < end; first += most) f(first, min(most, end - first));
+}
+
+__device__ __forceinline__ int num_slices(const Product& product) { return (product.inner + SLICE - 1) / SLICE; }
+
+// f(slice) for all of them. The CTAs begin at different ones: no two neighbours want the same of x, and of memory not all the same
+// columns.
+template <class F>
+__device__ __forceinline__ void for_each_slice(const Product& product, F f) {
+  const int slices = num_slices(product), first = blockIdx.x % slices;
+  for (int slice = first; slice < slices; slice++) f(slice);
+  for (int slice = 0; slice < first; slice++) f(slice);
+}
+
+// The first row of a strip. QKV's take turns between the halves of a head, whose elements turn together.
+__device__ __forceinline__ int row_of_strip(const Product& product, const Append& append, int strip) {
+  if (product.finish != QKV) return STRIP * strip;
+  const int of_head = append.head_dim / STRIP, number = strip & (of_head - 1);
+  return (strip - number + number % 2 * (of_head / 2) + number / 2) * STRIP;
 }
 
 // While `wanting()`, unless that lasts too long, here or elsewhere.
@@ -139,8 +158,8 @@ __device__ __forceinline__ void wait_while(Wanting wanting, unsigned* flag) {
   }
 }
 
-// Until all tiles of a product are finished.
+// Until all of a product is there.
 __device__ __forceinline__ void wait_for(const Product& product, unsigned* flag) {
-  const unsigned wanted = Cut::num_tiles(product);
+  const unsigned wanted = Cut(product).ctas;
   wait_while([&] { return load_acquire_gpu(product.done) != wanted; }, flag);
 }

@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) stream_start(
     vec<scalar, 8> scaled;
     for (int j = 0; j < 8; j++) {
       const float value = to_float(piece.at[j]);
-      scaled.at[j] = before_norm(value, factor.at[j]);
+      scaled.at[j] = from_float<scalar>(before_norm(value, to_float(factor.at[j])));
       sum = fmaf(value, value, sum);
     }
     store<8>(residual + i, piece);

@@ -1,134 +1,91 @@
-// The sums of a tile: in registers, in global memory on their way to the CTA that finishes the tile, and side by side in shared
-// memory. What one CTA leaves for another comes in pieces of 16 bytes, each by one store; where the first word of one is UNWRITTEN
-// it is yet to come, and who takes a piece away puts that back.
+// The sums of a tile in registers: tokens are the rows of an mma, rows of weights its columns.
+//
+//   x [16 tokens, 16] from a slice, ldmatrix -> A       weights [8 rows, 16] of a strip, ldmatrix -> B
 #pragma once
 #include "stream_products.cuh"
 
-// What is added to 8 rows of the product.
-struct Bias {
-  vec<scalar, 8> at;
-  bool any;
+constexpr int KEPT = WARP_STRIPS > 2 ? BLOCKS : 1;  // of a slice of x; and how many are in registers
 
-  __device__ __forceinline__ Bias(const Product& product, int row) : at(), any(product.bias != nullptr && row < product.num_rows) {
-    if (any) at = load<8>(product.bias + row);
-  }
-  __device__ __forceinline__ void add(vec<float, 8>& values, float factor) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factor + (any ? to_float(at.at[i]) : 0.0f);
-  }
-};
+// An mma waits for the one before it in its chain; those of other strips and chains fill the time.
+constexpr int CHAINS = WARP_STRIPS < 4 ? 2 : 1;
 
-// A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[m][j][2 * h + i] is row 16 m + 8 h + g of the warp's and token
-// 8 j + 2 t + i.
+// A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[stage][strip][chain][2 * h + i] is of token g + 8 h of the warp's
+// and row 2 t + i of the strip.
 struct Sums {
-  float sum[2][GROUPS][4] = {};
+  float sum[TILE_STAGES][WARP_STRIPS][CHAINS][4] = {};
+  unsigned tokens[KEPT][4][4];  // of 4 steps each: an mma's inner dimension is 16
 
-  // The products of a unit.
-  __device__ __forceinline__ void add(const Box<TILE>& weights, const Box<TOKENS>& x) {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * WARP_ROWS;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      unsigned a[2][2][4];
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          ldmatrix_x4(a[m][k], weights.piece(first_row + 16 * m + lane % 16, 4 * half + 2 * k + lane / 16));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < GROUPS; j++) {
-        unsigned b[4];
-        ldmatrix_x4(b, x.piece(8 * j + lane % 8, 4 * half + lane / 8));
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-          mma_of_scalars(sum[m][j], a[m][0], b[0], b[1]);
-          mma_of_scalars(sum[m][j], a[m][1], b[2], b[3]);
-        }
-      }
-    }
-  }
+  __device__ static __forceinline__ int first_token() { return threadIdx.x / 32 % TOKEN_PARTS * 16; }
+  __device__ static __forceinline__ int first_strip() { return threadIdx.x / 32 / TOKEN_PARTS * WARP_STRIPS; }
 
-  // A thread finds what the same thread of another CTA has left.
-  __device__ static __forceinline__ uint4* piece(const Chain& chain, int cta, int m, int j) {
-    return chain.parts + ((cta * 2 + m) * GROUPS + j) * (32 * CONSUMER_WARPS) + threadIdx.x;
-  }
-  __device__ __forceinline__ void store(const Chain& chain) const {
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-      for (int j = 0; j < GROUPS; j++) {
-        const float* from = sum[m][j];
-        const uint4 bits = {__float_as_uint(from[0]), __float_as_uint(from[1]), __float_as_uint(from[2]), __float_as_uint(from[3])};
-        store_relaxed_gpu(piece(chain, blockIdx.x, m, j), bits);
-      }
-    }
-  }
-  // Adds what the CTAs first to last have left or will leave, in this order.
-  __device__ __forceinline__ void add_parts(const Chain& chain, int first, int last) {
-    constexpr int AT_ONCE = GROUPS < 4 ? 8 : 16 / GROUPS;  // halves of a part whose loading is under way
-    uint4 half[AT_ONCE][GROUPS];
-    const auto load_half = [&](uint4(&into)[GROUPS], int number) {
-#pragma unroll
-      for (int j = 0; j < GROUPS; j++) into[j] = load_relaxed_gpu(piece(chain, min(first + number / 2, last), number % 2, j));
-    };
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) load_half(half[i], i);
-    for (int number = 0; number < 2 * (last - first + 1); number += AT_ONCE) {
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        if (first + (number + i) / 2 > last) break;
-        add_half(chain, first + (number + i) / 2, i % 2, half[i]);
-        load_half(half[i], number + i + AT_ONCE);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_half(const Chain& chain, int cta, int m, uint4 (&half)[GROUPS]) {
-#pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-      uint4& bits = half[j];
-      uint4* source = piece(chain, cta, m, j);
-      const auto look = [&] {
-        if (bits.x != UNWRITTEN) return false;
-        bits = load_relaxed_gpu(source);
-        return true;
-      };
-      wait_while(look, chain.flag);
-      store_for_others(&source->x, UNWRITTEN);
-      sum[m][j][0] += __uint_as_float(bits.x);
-      sum[m][j][1] += __uint_as_float(bits.y);
-      sum[m][j][2] += __uint_as_float(bits.z);
-      sum[m][j][3] += __uint_as_float(bits.w);
-    }
-  }
-
-  // Leaves the sums of a group of tokens in the warp's room, where lanes find 8 rows of a token side by side.
-  __device__ __forceinline__ void turn(Shared& shared, int j) const {
+  __device__ static __forceinline__ void load_tokens(unsigned (&a)[4][4], const Slice<TOKENS>& x, int block) {
     const int lane = threadIdx.x % 32;
-    auto& turned = shared.turned[threadIdx.x / 32];
+    if constexpr (TOKENS < 16) {
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
+      for (int half = 0; half < 2; half++) {
+        unsigned both[4];
+        ldmatrix_x4(both, x.piece(block, lane % 8, 4 * half + lane / 8));
 #pragma unroll
-      for (int e = 0; e < 4; e++) turned[lane % 4 * 2 + e % 2][16 * m + e / 2 * 8 + lane / 4] = sum[m][j][e];
+        for (int i = 0; i < 4; i++) {
+          a[2 * half + i / 2][2 * (i % 2)] = both[i];
+          a[2 * half + i / 2][2 * (i % 2) + 1] = 0;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int step = 0; step < 4; step++) ldmatrix_x4(a[step], x.piece(block, first_token() + lane % 16, 2 * step + lane / 16));
     }
   }
 
-  // f(j, first of 8 rows, token, the product's values[8]) for this lane's eighths of all that the warp has summed of a tile, j the
-  // group of tokens. All lanes come along; rows and tokens may be beyond the last.
-  template <class F>
-  __device__ __forceinline__ void for_each_eight(const Product& product, Shared& shared, const float* factors, int tile, F f) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = tile * TILE + warp * WARP_ROWS + lane % 4 * 8;
-    const Bias bias(product, row);
+  // A slice of x whose products come next. Kept in registers where it is used for many strips.
+  __device__ __forceinline__ void take(const Slice<TOKENS>& x) {
+    if constexpr (KEPT == BLOCKS) {
 #pragma unroll
-    for (int j = 0; j < GROUPS; j++) {
-      __syncwarp();
-      turn(shared, j);
-      __syncwarp();
-      const int token = 8 * j + lane / 4;
-      vec<float, 8> values = load<8>(&shared.turned[warp][lane / 4][lane % 4 * 8]);
-      bias.add(values, factors[token]);
-      f(j, row, token, values);
+      for (int block = 0; block < BLOCKS; block++) load_tokens(tokens[block], x, block);
+    }
+  }
+
+  // The products of a stage and the slice taken last.
+  __device__ __forceinline__ void add(int stage, const Slice<STRIP> (&strips)[STAGE_STRIPS], int count, const Slice<TOKENS>& x) {
+    const int lane = threadIdx.x % 32;
+    if (first_strip() >= count) return;
+    // Of half a block; a strip that is not there is what was there before, and nobody wants its sums.
+    unsigned b[2][WARP_STRIPS][4];
+    const auto load_strips = [&](unsigned(&into)[WARP_STRIPS][4], int half) {
+#pragma unroll
+      for (int s = 0; s < WARP_STRIPS; s++) {
+        ldmatrix_x4(into[s], strips[first_strip() + s].piece(half / 2, lane % 8, half % 2 * 4 + lane / 8));
+      }
+    };
+    load_strips(b[0], 0);
+#pragma unroll
+    for (int half = 0; half < 2 * BLOCKS; half++) {
+      unsigned(&a)[4][4] = tokens[half / 2 % KEPT];
+      if (KEPT < BLOCKS && half % 2 == 0) load_tokens(a, x, half / 2);
+      if (half + 1 < 2 * BLOCKS) load_strips(b[(half + 1) % 2], half + 1);
+#pragma unroll
+      for (int step = 0; step < 2; step++) {
+#pragma unroll
+        for (int s = 0; s < WARP_STRIPS; s++) {
+          const unsigned(&strip)[4] = b[half % 2][s];
+          mma_of_scalars(sum[stage][s][step % CHAINS], a[half % 2 * 2 + step], strip[2 * step], strip[2 * step + 1]);
+        }
+      }
+    }
+  }
+
+  // Leaves the sums of a stage where they can be finished, the stage's first row in column `column`.
+  __device__ __forceinline__ void turn(int stage, float (&turned)[TOKENS][PHASE_ROWS + 4], int column) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int s = 0; s < WARP_STRIPS; s++) {
+#pragma unroll
+      for (int h = 0; h < (TOKENS < 16 ? 1 : 2); h++) {
+        float* target = &turned[first_token() + 8 * h + lane / 4][column + (first_strip() + s) * STRIP + lane % 4 * 2];
+        vec<float, 2> both = {sum[stage][s][0][2 * h], sum[stage][s][0][2 * h + 1]};
+        if constexpr (CHAINS == 2) both = {both.at[0] + sum[stage][s][1][2 * h], both.at[1] + sum[stage][s][1][2 * h + 1]};
+        store(target, both);
+      }
     }
   }
 };

@@ -2,28 +2,25 @@
 //
 //   out_p [tokens, num_rows] = finish_p(x_p [tokens, inner] times weights_p [num_rows, inner] transposed),  x_p+1 from out_p
 //
-//   units            a product is cut into units of 128 rows x 64 of the inner dimension, tile after tile; every CTA has the same
-//                    number of them, one after another (the stream-K cut of Osama et al. 2023), so of up to two tiles only a part
+//   the cut          every CTA has rows of its own, as many as the others, in strips of 8, and all of the inner dimension: its
+//                    sums are whole, and it finishes them. It goes through x slice by slice, once for up to 24 strips.
 //
-//   warp 4           weights --- tensor copies ---> | 16 KB | 16 KB | ... |--+
-//                    does not know what a product is: while the other        |   warps 0-3: 32 rows each, all tokens
-//                    warps wait at a join, the next weights land             +-> ldmatrix, mma.sync: rows are m, tokens n
-//   warp 5           waits for the product before,                           |
-//                    x ------- tensor copies -----> | x | x | x | ... | -----+
-//   warp 6           waits for the same, then 1 / rms of each token ---------+
+//   warp 4           strips of a slice --- tensor copies ---> | 16 KB | 16 KB | ... |--+
+//                    does not know what a product is: while the other                  |   warps 0-3: tokens are rows of an
+//                    warps wait at a join, the next weights land                       +-> mma.sync, a strip its columns
+//   warp 5           waits for the product before,                                     |
+//                    x ------- tensor copies -----> | slice | slice | ... | -----------+
+//   warp 6           waits for the same, then 1 / rms of each token -------------------+
 //
-//   a tile's end     the CTA that has its beginning finishes it. It comes to it last of all, as do those that have the middle; it
-//                    waits for their sums, which lie where UNWRITTEN lay, adds them in their order, and puts UNWRITTEN back.
-//
-// A product waits for the one before it by a count of finished tiles, which whoever starts the step has set to zero; all CTAs are
-// resident, one an SM. The cut is the same for any number of tokens: a token's result does not depend on the others. A wait that
+// A product waits for the one before it by a count of CTAs, which whoever starts the step has set to zero; all CTAs are resident,
+// one an SM. The order of a sum is the same for any number of tokens: a token's result does not depend on the others. A wait that
 // lasts too long raises a flag and goes on with what is there, so that nothing hangs.
 //
 // Between products, what counts is the way from one CTA to another and back, some eight times as long when memory is asked for
 // all that the ring could hold: hence MOST_UNDER_WAY, just enough for its full speed.
 //
 // Norms: a product that adds to the residual writes it, it times the gain of the norm that comes next, and sums of squares. The
-// next product takes the second and multiplies its result by 1 / rms, which is known only once all tiles have been written.
+// next product takes the second and multiplies its result by 1 / rms, which is known only once all rows have been written.
 //
 // Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; STAGES, X_STAGES; KV_FP8 where pools hold such codes.
 #include "stream_finish.cuh"
@@ -32,20 +29,28 @@ __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shar
   const unsigned long long once = createpolicy_evict_first();
   Turn<STAGES> turn, landing;
   int under_way = 0;
+  const auto fetch = [&](const Product& product, int first_strip, int count, int slice) {
+    if (under_way == MOST_UNDER_WAY) {
+      mbarrier_wait_parity(&shared.weights_full[landing.stage], landing.parity);
+      landing.advance();
+      under_way--;
+    }
+    under_way++;
+    mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);
+    unsigned long long* full = &shared.weights_full[turn.stage];
+    mbarrier_arrive_expect_tx(full, count * sizeof(Slice<STRIP>));
+    for (int i = 0; i < count; i++) {
+      const int row = row_of_strip(product, chain.append, first_strip + i);
+      tensor_copy_3d_hint(&shared.weights[turn.stage][i], &product.weights, 0, row, slice * BLOCKS, full, once);
+    }
+    turn.advance();
+  };
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
-    for_each_unit(product, [&](int tile, int k) {
-      if (under_way == MOST_UNDER_WAY) {
-        mbarrier_wait_parity(&shared.weights_full[landing.stage], landing.parity);
-        landing.advance();
-        under_way--;
-      }
-      under_way++;
-      mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);
-      unsigned long long* full = &shared.weights_full[turn.stage];
-      mbarrier_arrive_expect_tx(full, sizeof(Box<TILE>));
-      tensor_copy_2d_hint(&shared.weights[turn.stage], &product.weights, k * DEPTH, tile * TILE, full, once);
-      turn.advance();
+    for_each_tile(product, [&](int first, int count) {
+      for_each_slice(product, [&](int slice) {
+        for (int i = 0; i < count; i += STAGE_STRIPS) fetch(product, first + i, min(STAGE_STRIPS, count - i), slice);
+      });
     });
   }
 }
@@ -56,32 +61,52 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
     const Product& product = chain.products[p];
     if (p) wait_for(chain.products[p - 1], chain.flag);
     fence_proxy_async_global();
-    for_each_unit(product, [&](int, int k) {
-      mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
-      unsigned long long* full = &shared.x_full[turn.stage];
-      mbarrier_arrive_expect_tx(full, sizeof(Box<TOKENS>));
-      tensor_copy_2d(&shared.x[turn.stage], &product.x, k * DEPTH, 0, full);
-      turn.advance();
+    for_each_tile(product, [&](int, int) {
+      for_each_slice(product, [&](int slice) {
+        mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
+        unsigned long long* full = &shared.x_full[turn.stage];
+        mbarrier_arrive_expect_tx(full, sizeof(Slice<TOKENS>));
+        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * BLOCKS, full);
+        turn.advance();
+      });
     });
+  }
+}
+
+// Of each token, in the order that all numbers of tokens have: four tokens a lane, every other part a half of the warp.
+__device__ __forceinline__ void store_factors(const Product& product, float (&factors)[TOKENS]) {
+  const int half = threadIdx.x % 32 / 16, token = threadIdx.x % 16 * 4;
+  vec<float, 4> sum = {};
+  if (token < TOKENS && product.x_squares != nullptr) {
+#pragma unroll 8
+    for (int part = half; part < product.x_parts; part += 2) {
+      const vec<float, 4> squares = load_from_others(reinterpret_cast<const vec<float, 4>*>(product.x_squares + part * TOKENS + token));
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum.at[i] += squares.at[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    sum.at[i] += __shfl_xor_sync(0xffffffffu, sum.at[i], 16);
+    if (half || token >= TOKENS) continue;
+    factors[token + i] = product.x_squares == nullptr ? 1 : after_norm(sum.at[i], product.inner, product.eps);
   }
 }
 
 // A whole warp's work.
 __device__ __forceinline__ void produce_factors(const Chain& chain, Shared& shared) {
   const int lane = threadIdx.x % 32;
-  for (int p = 0; p < chain.num_products; p++) {
-    const Product& product = chain.products[p];
-    if (p) wait_for(chain.products[p - 1], chain.flag);
+  const Append& append = chain.append;
+  if (append.seq_lens != nullptr) {
     for (int token = lane; token < TOKENS; token += 32) {
-      float factor = 1;
-      if (product.x_squares != nullptr) {
-        float sum = 0;
-#pragma unroll 8
-        for (int i = 0; i < product.x_tiles; i++) sum += load_from_others(product.x_squares + i * TOKENS + token);
-        factor = after_norm(sum, product.inner, product.eps);
-      }
-      shared.factors[p][token] = factor;
+      const int position = token < chain.num_tokens ? append.seq_lens[token] - 1 : -1;
+      shared.position[token] = position;
+      if (position >= 0) shared.block[token] = append.page_indices[append.page_indptr[token] + (position >> append.block_shift)];
     }
+  }
+  for (int p = 0; p < chain.num_products; p++) {
+    if (p) wait_for(chain.products[p - 1], chain.flag);
+    store_factors(chain.products[p], shared.factors[p]);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.factors_full[p]);
   }
@@ -97,28 +122,36 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
   Turn<X_STAGES> x_turn;
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
-    const Cut cut(product);
-    Sums sums;
-    int start = cut.begin(blockIdx.x) % cut.per_tile, left = cut.begin(blockIdx.x + 1) - cut.begin(blockIdx.x);
-    for_each_unit(product, [&](int tile, int k) {
-      mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);
-      mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);
-      sums.add(shared.weights[turn.stage], shared.x[x_turn.stage]);
-      release(&shared.weights_empty[turn.stage]);
-      release(&shared.x_empty[x_turn.stage]);
-      turn.advance();
-      x_turn.advance();
-      left--;
-      if (k + 1 < cut.per_tile && left) return;
-      if (start == 0) {
-        mbarrier_wait_parity(&shared.factors_full[p], 0);
-        finish(chain, product, sums, shared, shared.factors[p], tile, k + 1);
-      } else {
-        sums.store(chain);
+    Finishing finishing{chain, product, shared, shared.factors[p]};
+    bool any = false;
+    for_each_tile(product, [&](int first, int count) {
+      const Tile tile{first, count};
+      mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);  // all that came before is there
+      Finishing::Ahead ahead = finishing.fetch(tile);
+      Sums sums;
+      for (int left = num_slices(product); left > 0; left--) {
+        mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);
+        Slice<TOKENS>& x = shared.x[x_turn.stage];
+        sums.take(x);
+#pragma unroll
+        for (int stage = 0; stage < TILE_STAGES; stage++) {
+          if (stage * STAGE_STRIPS >= count) continue;
+          mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);
+          sums.add(stage, shared.weights[turn.stage], count - stage * STAGE_STRIPS, x);
+          release(&shared.weights_empty[turn.stage]);
+          turn.advance();
+        }
+        if (left == 1) {  // nobody needs the slice any more: its room is for the sums
+          mbarrier_wait_parity(&shared.factors_full[p], 0);
+          finishing.finish(sums, tile, ahead, reinterpret_cast<Turned&>(x));
+          fence_proxy_async_shared();
+        }
+        release(&shared.x_empty[x_turn.stage]);
+        x_turn.advance();
       }
-      sums = Sums();
-      start = 0;
+      any = true;
     });
+    if (any) finishing.publish();
   }
 }
 

@@ -9,6 +9,7 @@ from cupaged.errors import InvalidArgument
 from cupaged.version import __version__
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+QUANTIZATIONS = ("int8", "fp8", "int4")
 SAMPLING = {  # option -> (type, what it does); an option that is not given follows the model's generation_config.json
     "max_tokens": (int, "the most tokens to generate (default: until the model ends or its context is full)"),
     "temperature": (float, "0 takes the most probable token, larger values vary more"),
@@ -23,7 +24,7 @@ SAMPLING = {  # option -> (type, what it does); an option that is not given foll
 _JSON_KEYS = """\
 --json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
 a --stop string came, "length": --max-tokens or the context was reached), seed (null where nothing was drawn), model,
-device, dtype, kv_cache_dtype, and stats: load_s,
+device, dtype, kv_cache_dtype, quantization (null: none), and stats: load_s,
 time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
 kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
 
@@ -172,6 +173,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     sub.add_argument("model", metavar="MODEL", help="known name, folder, or ORG/NAME on the Hugging Face hub")
     sub.add_argument("--dtype", default="auto", metavar="TYPE", help="as for generate (default: auto, for each device its own)")
     sub.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="as for generate (default: auto)")
+    sub.add_argument("--quantization", choices=QUANTIZATIONS, help="as for generate (default: none)")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
     summary = "Measure this machine; figures stand beside the machine's own limits, taken in the same run."
@@ -268,6 +270,11 @@ def _add_model_options(
         default="auto",
         metavar="TYPE",
         help="of the KV pool: auto (like --dtype), fp8 or int8 (half the memory), on the CPU also bfloat16 or float16",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="of the weights, while they are loaded (default: none, they are of --dtype)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     if kv_memory is not None:

@@ -207,7 +207,7 @@ def _fetch(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from cupaged.info import as_text, describe
 
-    facts = describe(args.model, args.dtype, args.kv_cache_dtype)
+    facts = describe(args.model, args.dtype, args.kv_cache_dtype, args.quantization)
     write((json.dumps(facts) if args.json else as_text(facts)) + "\n")
 
 
@@ -265,6 +265,7 @@ def _load(args: argparse.Namespace, max_num_seqs: int = 1) -> LLM:
         device=args.device,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
+        quantization=args.quantization,
         threads=args.threads,
         max_model_len=args.max_model_len,
         kv_memory=args.kv_memory,
@@ -326,6 +327,7 @@ def _as_json(llm: LLM, output: RequestOutput, seed: int | None = None) -> dict[s
         "device": llm.device,
         "dtype": llm.dtype,
         "kv_cache_dtype": llm.kv_cache_dtype,
+        "quantization": llm.quantization,
         "stats": {
             "load_s": llm.load_seconds,
             "time_to_first_token_s": _finite(metrics.time_to_first_token),
@@ -356,7 +358,7 @@ def _stats_table(llm: LLM, output: RequestOutput) -> str:
 
     first = stats["time_to_first_token_s"]
     rows = [
-        ("model", llm.path.name, f"{llm.dtype} on {llm.device}"),
+        ("model", llm.path.name, f"{llm.precision} on {llm.device}"),
         ("load", f"{stats['load_s']:.2f} s", ""),
         ("first token", "-" if first is None else f"{first:.2f} s", "after the prompt was given"),
         ("prefill", speed(stats["prefill_tok_s"]), f"{output.metrics.num_prompt_tokens} prompt tokens"),

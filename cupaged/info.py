@@ -11,23 +11,29 @@ from types import ModuleType, SimpleNamespace
 from cupaged.checkpoint.config import ModelConfig, load_config
 from cupaged.checkpoint.fetch import resolve
 from cupaged.checkpoint.weights import expected_tensors, open_weights
-from cupaged.engine.dtypes import bytes_of, choose_dtype, choose_kv_dtype, kv_bytes_per_token
+from cupaged.engine.dtypes import choose_dtype, choose_kv_dtype, kv_bytes_per_token
 from cupaged.engine.kv_pool import activation_bytes, blocks_that_fit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
 from cupaged.llm import GPU_STEP_TOKENS
+from cupaged.model.parameters import check_quantization, device_bytes, unquantised_bytes
+from cupaged.ops.quantized import check_kind
 
 _BLOCK_SIZE = 16
 
 
-def describe(model: str, dtype: str = "auto", kv_cache_dtype: str = "auto") -> dict:
+def describe(model: str, dtype: str = "auto", kv_cache_dtype: str = "auto", quantization: str | None = None) -> dict:
     """Geometry (the fields of ModelConfig), parameters, weights_bytes and weights_dtype on disk, and `devices`.
 
-    A device that can run the model has the keys device, dtype, kv_cache_dtype, free_bytes, weights_bytes, kv_bytes_per_token,
-    and context: the tokens that its KV pool would hold by default beside the weights, at most what the model was made for.
-    Another has device and error. Types as for LLM: "auto" gives each device its own; one that does not know them is left out.
+    A device that can run the model has the keys device, dtype, kv_cache_dtype, quantization, free_bytes, weights_bytes (there),
+    kv_bytes_per_token, and context: the tokens that its KV pool would hold by default beside the weights, at most what the
+    model was made for. Another has device and error. Types as for LLM: "auto" gives each device its own; one that does not
+    know them is left out.
     """
+    if quantization is not None:
+        check_kind(quantization)
     folder = resolve(model)
     config = load_config(folder)
+    check_quantization(config, quantization)
     weights = open_weights(folder, config)
     parameters = sum(math.prod(shape) for shape in expected_tensors(config).values())
     devices, refusals = [], []
@@ -41,8 +47,8 @@ def describe(model: str, dtype: str = "auto", kv_cache_dtype: str = "auto") -> d
         except InvalidArgument as error:
             refusals.append(InvalidArgument(f"{device}: {error}"))
             continue
-        types = {"dtype": chosen, "kv_cache_dtype": kv_dtype}
-        devices.append({"device": device, **types, **_fit(config, parameters, chosen, kv_dtype, ops)})
+        types = {"dtype": chosen, "kv_cache_dtype": kv_dtype, "quantization": quantization}
+        devices.append({"device": device, **types, **_fit(config, chosen, kv_dtype, quantization, ops)})
     if refusals and all("error" in device for device in devices):
         raise refusals[-1]
     geometry = {key: value for key, value in asdict(config).items() if key != "dtype"}
@@ -72,13 +78,13 @@ def _devices() -> Iterator[tuple[str, ModuleType | str]]:
             yield f"cuda:{index}", cuda
 
 
-def _fit(config: ModelConfig, parameters: int, dtype: str, kv_dtype: str, ops: ModuleType) -> dict:
+def _fit(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None, ops: ModuleType) -> dict:
     free, total = ops.free_memory()
-    weights_bytes = parameters * bytes_of(dtype)
+    weights_bytes = device_bytes(config, dtype, quantization)
     loaded = SimpleNamespace(DTYPES=ops.DTYPES, free_memory=lambda: (free - weights_bytes, total))
     longest = config.max_position_embeddings
     try:
-        reserved = activation_bytes(config, GPU_STEP_TOKENS, max_num_seqs=1)
+        reserved = activation_bytes(config, GPU_STEP_TOKENS, 1) + unquantised_bytes(config, dtype, quantization)
         blocks = blocks_that_fit(loaded, config, kv_dtype, _BLOCK_SIZE, longest, None, 0.9, reserved)
     except OutOfMemory:
         blocks = 1  # the one that the pool keeps for itself
@@ -105,12 +111,12 @@ def as_text(facts: dict) -> str:
         ("parameters", f"{facts['parameters']:,}"),
         ("weights", f"{format_bytes(facts['weights_bytes'])} in {facts['weights_dtype']}"),
     ]
-    table = [("device", "dtype", "KV dtype", "free", "weights", "KV a token", "context that fits")]
+    table = [("device", "dtype", "weights as", "KV dtype", "free", "weights", "KV a token", "context that fits")]
     for device in facts["devices"]:
         if "error" not in device:
             sizes = [format_bytes(device[key]) for key in ("free_bytes", "weights_bytes", "kv_bytes_per_token")]
             whole = " (whole)" if device["context"] == facts["max_position_embeddings"] else ""
-            types = (device["dtype"], device["kv_cache_dtype"])
+            types = (device["dtype"], device["quantization"] or device["dtype"], device["kv_cache_dtype"])
             table.append((device["device"], *types, *sizes, f"{device['context']} tokens{whole}"))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"{name:16}{value}" for name, value in rows]

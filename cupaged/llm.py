@@ -30,7 +30,9 @@ from cupaged.engine.outputs import CompletionOutput, EngineStats, RequestMetrics
 from cupaged.engine.speculative import NgramProposer, Proposer
 from cupaged.errors import CupagedError, DeviceError, InvalidArgument
 from cupaged.model.llama import Llama
+from cupaged.model.parameters import check_quantization, kinds, unquantised_bytes
 from cupaged.model.sampling import SamplingParams
+from cupaged.ops.quantized import check_kind
 
 logger = logging.getLogger("cupaged")
 
@@ -68,6 +70,8 @@ class LLM:
         kv_memory: bytes of the KV pool, as a number or like "24MB"; default: enough for max_num_seqs full sequences,
             within a quarter of the free memory of the CPU or gpu_memory_utilization.
         gpu_memory_utilization: share of a GPU's memory that weights and pool may take.
+        quantization: "int8", "fp8" or "int4": the matrices become codes of 8 or 4 bits with float16 scales while they are
+            loaded; with "fp8" the output head is int8. Embedding, norms and biases stay. None: all weights are of `dtype`.
         load_format: "auto", or "dummy" for random weights (to measure speed without a download). `model` may then be a bare
             config.json, by any name; prompts are token ids, and texts empty, if there is no tokenizer.
         enable_prefix_caching: keep the K/V of finished sequences and reuse them for equal prefixes.
@@ -98,6 +102,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         kv_memory: int | str | None = None,
         gpu_memory_utilization: float = 0.9,
+        quantization: str | None = None,
         load_format: str = "auto",
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
@@ -123,6 +128,10 @@ class LLM:
             raise InvalidArgument(f"gpu_memory_utilization is {gpu_memory_utilization!r}; give a share above 0 and at most 1")
         if load_format not in ("auto", "dummy"):
             raise InvalidArgument(f"load_format is {load_format!r}; give 'auto' or 'dummy'")
+        if quantization is not None:
+            check_kind(quantization)
+            if batch_invariant:
+                raise InvalidArgument("batch_invariant does not know quantised weights yet; leave it or quantization out")
         if speculative is None and num_speculative_tokens is not None:
             raise InvalidArgument(
                 f"num_speculative_tokens is {num_speculative_tokens} and nothing guesses; give speculative too"
@@ -142,6 +151,7 @@ class LLM:
         bare = load_format == "dummy" and os.path.isfile(model)  # a config.json by whatever name
         self.path = Path(model) if bare else resolve(str(model))
         self.config: ModelConfig = load_config(self.path)
+        check_quantization(self.config, quantization)
         self.generation_config = load_generation_config(self.path)
         if bare and tokenizer is None:
             self.tokenizer = Tokenizer.without_text()
@@ -150,6 +160,7 @@ class LLM:
         weights = None if load_format == "dummy" else open_weights(self.path, self.config)
         self.dtype = choose_dtype(dtype, weights.dtype if weights else self.config.dtype or "float32", ops)
         self.kv_cache_dtype = choose_kv_dtype(kv_cache_dtype, self.dtype, ops)
+        self.quantization = quantization
         longest = max_model_len or self.config.max_position_embeddings
         if longest > self.config.max_position_embeddings:
             logger.warning(
@@ -161,9 +172,13 @@ class LLM:
         with self._device:
             decoder = None if device_index is None or batch_invariant else importlib.import_module("cupaged.model.decoder")
             types = self.dtype, stored_as(self.kv_cache_dtype)
-            also = decoder.variants(self.config, *types) if decoder else ()
+            graphs = decoder.variants(self.config, *types, quantization) if decoder else []
+            also = [*graphs, *ops.variants_of_weights(kinds(quantization), self.dtype)]
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
-                llama = Llama(self.config, weights or _random_weights(self.config, ops, self.dtype), ops, self.dtype, longest)
+                weights = weights or _random_weights(self.config, ops, self.dtype)
+                llama = Llama(self.config, weights, ops, self.dtype, longest, quantization)
+            reserved = activation_bytes(self.config, step_tokens, max_num_seqs, max_draft)
+            reserved += unquantised_bytes(self.config, self.dtype, quantization)  # free now, but in pieces; and for products
             num_blocks = blocks_that_fit(
                 ops,
                 self.config,
@@ -172,7 +187,7 @@ class LLM:
                 max_num_seqs * longest,
                 kv_memory,
                 gpu_memory_utilization,
-                activation_bytes(self.config, step_tokens, max_num_seqs, max_draft),
+                reserved,
             )
             pool = KVPool(ops, self.config, self.kv_cache_dtype, num_blocks, block_size)
             if decoder:
@@ -203,7 +218,12 @@ class LLM:
             max_draft=max_draft,
         )
         self.load_seconds = time.perf_counter() - started
-        logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.dtype, self.load_seconds)
+        logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.precision, self.load_seconds)
+
+    @property
+    def precision(self) -> str:
+        """For people to read: the dtype, and what the weights are if that is another."""
+        return self.dtype if self.quantization is None else f"{self.dtype} with {self.quantization} weights"
 
     def _batch_invariant(self, device_index: int | None) -> ModuleType:
         """The operations of `batch_invariant`; InvalidArgument where there are none."""

@@ -51,6 +51,8 @@ NAMED = [
     *((("rope_append.cu", {**BF16, "KV_INT8": 1}), arch) for arch in ("80", "90a", "120")),
     *((("rope_append.cu", {**F16, "KV_FP8": 1}), arch) for arch in ("86", "89", "100")),
     *((("rope_append.cu", {**BF16, **kv, "QK_NORM": 1}), "90a") for kv in ({}, {"KV_INT8": 1}, {"KV_FP8": 1})),
+    *((("quantize.cu", {**BF16, f"WEIGHT_{kind}": 1}), arch) for kind in ("INT8", "FP8", "INT4") for arch in ("80", "90a")),
+    *((("quantize.cu", {**F16, f"WEIGHT_{kind}": 1}), arch) for kind in ("FP8", "INT4") for arch in ("86", "89")),
     (("embedding.cu", {}), "86"),
     *((stream, "90a") for stream in STREAMS),
     *((PLAN, arch) for arch in ("80", "90a", "120")),

@@ -13,7 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
@@ -38,6 +38,7 @@ class Case:
     kv: str | None = None  # 8-bit type that it appends
     gives: str | None = None  # the dtype of its result, where that is not the one under test
     fused: bool = False  # several operations in one: what lies between may be rounded to the type under test
+    quantization: str | None = None  # of its weight
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -49,8 +50,11 @@ def check(ops, case: Case, dtype: str) -> None:
     arguments = {name: _rounded(value, DTYPES[dtype]) for name, value in case.draw(rng).items()}
     exact = {name: _exact(value) for name, value in arguments.items()}
     device = {name: ops.upload(value.copy()) if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+    if case.quantization:
+        device["weight"] = ops.quantize(device["weight"], case.quantization)
+        exact["weight"] = reference_ops.quantize(arguments.pop("weight"), case.quantization)
     result = call(ops, case.op, device)
-    after = {name: ops.download(value) for name, value in device.items() if isinstance(arguments[name], np.ndarray)}
+    after = {name: ops.download(device[name]) for name, value in arguments.items() if isinstance(value, np.ndarray)}
     where = f"{case} {dtype} (CUPAGED_TEST_SEED={SEED})"
     for name, value in after.items():
         if name not in case.writes:
@@ -124,6 +128,11 @@ def rms_norm(*shape: int, scale: float = 1.0, eps: float = 1e-5) -> Case:
     return Case("rms_norm", f"{'x'.join(map(str, shape))} times {scale}", draw)
 
 
+def quantised(case: Case, kind: str) -> Case:
+    """The same product with a weight of 8 or 4 bits: held to float64 on what that stands for."""
+    return replace(case, name=f"{case.name} {kind}", quantization=kind)
+
+
 def linear(rows: int, inner: int, outer: int, bias: bool = False, dtype: str | None = None) -> Case:
     def draw(rng):
         arguments = {"x": rng.standard_normal((rows, inner)), "weight": rng.standard_normal((outer, inner)), "dtype": dtype}
@@ -184,6 +193,70 @@ def check_write(ops, monkeypatch) -> None:
             assert ops.download(target).tobytes() == expected.tobytes(), f"{shape} {dtype} (CUPAGED_TEST_SEED={SEED})"
             ops.write(target[place], ops.upload(whole[place].copy()))
             assert ops.download(target).tobytes() == whole.tobytes(), f"{shape} {dtype} on the device"
+
+
+# ---- weights of 8 and 4 bits -------------------------------------------------------------------------------------------
+QUANTISED = ("int8", "fp8", "int4")
+SHAPES_OF_QUANTISED = [(1, 32), (130, 96), (7, 128), (128, 576), (300, 64), (33, 1536)]  # groups of 32, 64 and 128
+
+
+def draw_weights(rng, rows: int, inner: int) -> np.ndarray:
+    """Of many magnitudes; some rows, groups or single weights are 0, some much larger than the rest, some groups all alike."""
+    weights = rng.standard_normal((rows, inner)) * 2.0 ** rng.uniform(-12, 4, (rows, 1))
+    weights[rng.random(weights.shape) < 0.01] *= 100
+    weights[rng.random(rows) < 0.1] = 0
+    weights[rng.integers(rows), : inner // 2] = 0
+    weights[rng.integers(rows)] = rng.standard_normal()
+    weights[rng.integers(rows), -32:] = -0.0
+    return weights
+
+
+def check_quantized(ops, kind: str, dtype: str, shape: tuple[int, int]) -> tuple[object, object]:
+    """`quantize` and `dequantize` give what the NumPy operations give, bit for bit; returns both quantised matrices."""
+    rng = np.random.default_rng([SEED, 5, *shape, len(dtype)])
+    weights = draw_weights(rng, *shape).astype(DTYPES[dtype])
+    made, expected = ops.quantize(ops.upload(weights), kind), reference_ops.quantize(weights, kind)
+    where = f"{kind} {dtype} {shape} (CUPAGED_TEST_SEED={SEED})"
+    assert (made.kind, made.shape) == (kind, shape), where
+    exact = reference_ops.dequantize(expected, "float32")
+    assert np.isfinite(exact).all(), where
+    out = ops.download(ops.dequantize(made, dtype))
+    assert out.dtype == DTYPES[dtype], where
+    np.testing.assert_array_equal(out, exact.astype(DTYPES[dtype]), err_msg=where)
+    first = shape[0] // 3
+    for count in (shape[0] // 2, None):  # rows of it
+        part = ops.download(ops.dequantize(made, dtype, first, count))
+        np.testing.assert_array_equal(part, out[first : None if count is None else first + count], err_msg=where)
+    return made, expected
+
+
+def check_layout(ops, kind: str, dtype: str, shape: tuple[int, int]) -> None:
+    """The order of codes and scales on a GPU, which other kernels read: that of the NumPy operations, rearranged."""
+    made, expected = check_quantized(ops, kind, dtype, shape)
+    rows, inner = shape
+    codes, scales = ops.download(made.codes), ops.download(made.scales)
+    assert made.codes.data.ptr % 256 == made.scales.data.ptr % 256 == 0
+    if kind != "int4":
+        place = np.arange(16)
+        k = 2 * (place // 4) + 8 * (place % 2) + place % 4 // 2
+        in_order = expected.codes.reshape(rows, -1, 16)[..., k].reshape(shape)
+        assert codes.dtype == expected.codes.dtype
+        np.testing.assert_array_equal(codes, in_order)
+        np.testing.assert_array_equal(scales.view(np.uint16), expected.scales.view(np.uint16))
+        return
+    plain = np.stack([expected.codes & 15, expected.codes >> 4], axis=-1).reshape(rows, -1, 32).astype(np.uint32)
+    words = np.zeros((*plain.shape[:2], 4), np.uint32)
+    for word in range(4):
+        for nibble in range(8):
+            k = 16 * (nibble % 4 // 2) + 8 * (nibble % 4 % 2) + 2 * word + nibble // 4
+            words[..., word] |= plain[..., k] << 4 * nibble
+    assert (codes.shape, codes.dtype) == ((rows, inner // 2), np.uint8)
+    np.testing.assert_array_equal(codes.view("<u4").reshape(words.shape), words)
+    padded = np.zeros((-(-rows // 128) * 128, *expected.scales.shape[1:]), np.float16)
+    padded[:rows] = expected.scales
+    tiles = np.ascontiguousarray(padded.reshape(-1, 128, *expected.scales.shape[1:]).swapaxes(1, 2))
+    assert scales.shape == tiles.shape
+    np.testing.assert_array_equal(scales.view(np.uint16), tiles.view(np.uint16))
 
 
 # ---- batches of sequences ----------------------------------------------------------------------------------------------
@@ -626,6 +699,14 @@ CASES = [
     linear_add(1, 576, 33),
     linear_add(3, 72, 33, bias=True),
     linear_add(0, 64, 8, bias=True),
+    *(
+        quantised(case, kind)
+        for kind in QUANTISED
+        for case in (
+            *(linear(5, 64, 48, bias=True), norm_linear(3, 576, 33, scale=100.0), norm_linear(1, 128, 300, dtype="float32")),
+            *(norm_swiglu(3, 96, 30), linear_add(1, 1536, 130), linear_add(4, 64, 33, bias=True), linear(0, 64, 8)),
+        )
+    ),
     *(rope(name, BATCHES[name], (9, 3), 64) for name in BATCHES),
     *(rope("edges", edges(n), (4, 2), 128, n) for n in (1, 2, 8, 32, 256)),
     rope("edges", edges(16), (3, 3), 64),
@@ -682,6 +763,8 @@ CASES = [
     sample("large vocabulary", 49153, rows=2, top_k=[50, 0], top_p=0.9, scale=2.0),
 ]
 LARGE_CASES = [  # for a GPU: more rows than a grid has in y or z, long sequences, real vocabularies
+    *(quantised(norm_linear(7, 2048, 40000, dtype="float32"), kind) for kind in QUANTISED),
+    *(quantised(linear_add(300, 11008, 4096), kind) for kind in QUANTISED),
     embedding(70001, 64, picked=66000),
     norm_swiglu(1000, 512, 11008),
     norm_linear(7, 2048, 32000, dtype="float32"),

@@ -65,6 +65,26 @@ def test_rows_are_named_and_counted(bare, tmp_path, capsys, monkeypatch):
     assert {"machine", "limit_tbps", "limit_tflops", "date"} <= set(result)
 
 
+def test_quantised_weights_are_counted_as_the_bytes_that_they_are(bare, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
+    options = ["--load-format", "dummy", "--device", "cpu", "--tokens", "8", "--output", str(tmp_path), "--threads", "1"]
+    words = ["bench", "--model", str(bare), "--batch", "2", "--context", "20", "--quantization", "int4", *options]
+    assert main(words) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "decode_cpu.json").read_text())
+    prefill, decode = result["rows"]
+    assert decode["case"] == "1B 2x20 w=int4 kv=f32"
+    # half a byte a weight, and 4 bytes for a group: of 64 in rows of 192, of 32 in those of 160; norms are of float32
+    weights = 3 * (2 * 192 * 192 + 2 * 64 * 192 + 2 * 160 * 192) + 260 * 192
+    down = 3 * 192 * 160
+    read = weights // 2 + 4 * weights // 64 + down // 2 + 4 * down // 32 + 4 * (3 * 2 * 192 + 192)
+    moved = decode["share"] * (decode["ms"] / 1e3) * result["limit_tbps"] * 1e12
+    kv = 2 * 3 * 64 * 4
+    cached = (moved - read) / kv
+    assert 2 * 20 < cached < 2 * 20 + 2 * 12  # whole sequences, and nothing else
+    multiplied = weights + down + 3 * 2 * 192 + 192
+    assert prefill["share"] * prefill["s"] * result["limit_tflops"] * 1e12 == pytest.approx(2 * multiplied * 2 * 20)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -15,8 +15,10 @@ import pytest
 from tiny_models import CONFIGS, write_model
 
 from cupaged import LLM, SamplingParams, __version__
+from cupaged.arguments import QUANTIZATIONS
 from cupaged.checkpoint.fetch import models_folder
 from cupaged.cli import main
+from cupaged.ops.quantized import KINDS
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 COMMANDS = ("generate", "chat", "batch", "serve", "fetch", "info", "bench")
@@ -113,6 +115,7 @@ def test_json_is_one_object_with_the_documented_keys(run, base):
         "device",
         "dtype",
         "kv_cache_dtype",
+        "quantization",
         "stats",
     ]
     stats = ["load_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "cached_tokens", "generated_tokens"]
@@ -150,7 +153,7 @@ def test_every_option_that_generate_lists_works(run, base, tmp_path):
     (tmp_path / "prompt").write_text("Hello")
     options = {
         **{"--model": base, "--device": "cpu", "--dtype": "float32", "--threads": 1, "--max-model-len": 64},
-        **{"--kv-cache-dtype": "int8"},
+        **{"--kv-cache-dtype": "int8", "--quantization": "int4"},
         **{"--kv-memory": "2MiB", "--block-size": 8, "--max-tokens": 4, "--temperature": 1, "--top-k": 9, "--top-p": 0.9},
         **{"--min-p": 0.01, "--repetition-penalty": 1.1, "--presence-penalty": 0.1, "--frequency-penalty": 0.1},
         **{"--seed": 5, "--stop": "\n\n", "--prompt-file": tmp_path / "prompt"},
@@ -160,6 +163,27 @@ def test_every_option_that_generate_lists_works(run, base, tmp_path):
     assert (code, run("generate", *words)[:2]) == (0, (0, first))  # a seed makes draws repeatable
     elsewhere = {"--help", "--prompt", "--chat", "--system", "--stream", "--json", "--quiet"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", run("generate", "--help")[1])) == {*options, *words[-4:], *elsewhere}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(("generate", "--prompt", "Hello"), ("chat",), ("batch", "in", "out"), ("serve",), ("info",)),
+        *(("bench", "generate"), ("bench", "serving")),
+    ],
+)
+def test_a_quantization_that_nobody_knows_is_one_line(run, base, command):
+    model = [base] if command in (("info",), ("serve",)) else ["--model", base, "--device", "cpu"]
+    code, out, err = run(*command, *model, "--quantization", "int5")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(r"--quantization: invalid choice: 'int5' \(choose from '?int8'?, '?fp8'?, '?int4'?\)", err)
+
+
+def test_quantised_weights_are_told(run, base):
+    assert QUANTIZATIONS == KINDS
+    words = ("generate", "--model", base, "--device", "cpu", "--prompt", "Hello", "--max-tokens", 2, "--quantization", "fp8")
+    assert json.loads(run(*words, "--json")[1])["quantization"] == "fp8"
+    assert "float32 with fp8 weights on cpu" in run(*words, "--stats")[2]
 
 
 def test_a_stop_text_ends_the_answer_before_it(run, base):
@@ -195,6 +219,11 @@ def test_info_tells_sizes_without_reading_weights(run, base):
     head_dim, kv_heads = facts["head_dim"], facts["num_kv_heads"]
     assert (quantised["kv_cache_dtype"], quantised["kv_bytes_per_token"]) == ("int8", 2 * 3 * kv_heads * (head_dim + 2))
     assert run("info", base, "--kv-cache-dtype", "int5")[0] == 2
+    quantised = json.loads(run("info", base, "--json", "--quantization", "int8", "--dtype", "float32")[1])["devices"][0]
+    # of the matrices a byte a weight and two a row; the head is one, the embedding is not, nor are norms
+    matrices = 3 * (2 * 192 * 194 + 2 * 64 * 194 + 2 * 160 * 194 + 192 * 162) + 260 * 194
+    assert (quantised["quantization"], quantised["weights_bytes"]) == ("int8", matrices + 4 * (3 * 2 * 192 + 260 * 192 + 192))
+    assert "int8" in run("info", base, "--quantization", "int8")[1]
     text = run("info", base)[1]
     assert f"{count:,}" in text
     assert "128 tokens (whole)" in text

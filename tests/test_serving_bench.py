@@ -36,6 +36,7 @@ class Machine:
             monkeypatch.setattr(serving, limit, lambda *args: 1e12)
         monkeypatch.setattr(serving, "weight_and_kv_bytes", lambda llm: (1, 1))
         self.path, self.dtype, self.kv_cache_dtype, self.device = Path("machine"), "float32", "float32", "cpu"
+        self.precision = self.dtype
         self.config = SimpleNamespace(vocab_size=100)
         self.num_steps = 0
 

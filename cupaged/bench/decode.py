@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes, weight_count
 from cupaged.errors import CupagedError, InvalidArgument
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def bench_decode(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
     threads: int | None = None,
     load_format: str = "auto",
     tokens: int = 128,
@@ -39,7 +40,7 @@ def bench_decode(
     """Measure decode steps of so many sequences of so many tokens each, through the engine, and return a result file.
 
     Args:
-        model, device, dtype, kv_cache_dtype, threads, load_format: as for `LLM`.
+        model, device, dtype, kv_cache_dtype, quantization, threads, load_format: as for `LLM`.
         batches, contexts: of equal length, or one of them a single number for all.
         tokens: steps that are measured of each case.
         report: gets each row once it is known.
@@ -65,6 +66,7 @@ def bench_decode(
         device=device,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         threads=threads,
         load_format=load_format,
         max_num_seqs=max(batches),
@@ -80,11 +82,13 @@ def bench_decode(
     _measure(llm, 1, 8, 4)  # compile, warm up
     for batch, context in cases:
         seconds, step_ms, num_cached = _measure(llm, batch, context, tokens)
-        flop = 2 * weight_bytes / np.dtype(llm.dtype).itemsize * batch * context
+        flop = 2 * weight_count(llm) * batch * context
         rows.append({"case": f"{name} prefill {batch}x{context}", "s": seconds, "share": flop / seconds / flop_per_s})
         report(rows[-1])
         read = weight_bytes + kv_bytes * num_cached
-        kinds = f"w={_SHORT.get(llm.dtype, llm.dtype)} kv={_SHORT.get(llm.kv_cache_dtype, llm.kv_cache_dtype)}"
+        kinds = (
+            f"w={llm.quantization or _SHORT.get(llm.dtype, llm.dtype)} kv={_SHORT.get(llm.kv_cache_dtype, llm.kv_cache_dtype)}"
+        )
         figures = {"ms": step_ms, "tok_s": 1e3 * batch / step_ms, "share": read / bytes_per_s / (step_ms / 1e3)}
         rows.append({"case": f"{name} {batch}x{context} {kinds}", **figures})
         report(rows[-1])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes
+from cupaged.bench.limits import machine, product_limit, read_limit, weight_and_kv_bytes, weight_count
 from cupaged.bench.step import decode_step
 from cupaged.errors import CupagedError, InvalidArgument
 
@@ -35,6 +35,7 @@ def bench_generate(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
     threads: int | None = None,
     runs: int = 5,
     prompt_tokens: int = 512,
@@ -52,7 +53,6 @@ def bench_generate(
     """
     from cupaged import LLM, SamplingParams
     from cupaged.checkpoint.fetch import resolve
-    from cupaged.engine.dtypes import bytes_of
 
     for name, value in (("runs", runs), ("prompt_tokens", prompt_tokens), ("tokens", tokens)):
         if value < (3 if name == "tokens" else 1):
@@ -74,6 +74,7 @@ def bench_generate(
         dtype,
         "--kv-cache-dtype",
         kv_cache_dtype,
+        *([] if quantization is None else ["--quantization", quantization]),
         *([] if threads is None else ["--threads", str(threads)]),
     ]
     starts = [_fresh_process(options) for _ in range(runs + 1)][1:]
@@ -83,12 +84,13 @@ def bench_generate(
         device=device,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         threads=threads,
         max_model_len=prompt_tokens + tokens,
         enable_prefix_caching=False,
         max_num_seqs=1,
     )
-    name = f"{llm.path.name} {llm.dtype}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
+    name = f"{llm.path.name} {llm.precision}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
     add("process start to first token", s=statistics.median(seconds for seconds, _ in starts))
     add("peak memory", gb=statistics.median(peak for _, peak in starts) / 1e9)
 
@@ -107,8 +109,7 @@ def bench_generate(
     bytes_per_s = max(bytes_per_s, read_limit(llm.device, weight_bytes, threads))
     flop_per_s = max(flop_per_s, product_limit(llm, threads))
     prefill_tok_s, decode_tok_s = statistics.median(prefill[1:]), statistics.median(decode[1:])
-    weights = weight_bytes / bytes_of(llm.dtype)
-    add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weights * prefill_tok_s / flop_per_s)
+    add(f"prefill {prompt_tokens}", tok_s=prefill_tok_s, share=2 * weight_count(llm) * prefill_tok_s / flop_per_s)
     bytes_per_token = weight_bytes + kv_bytes * (prompt_tokens + tokens / 2)
     add(f"decode {tokens} after {prompt_tokens}", tok_s=decode_tok_s, share=bytes_per_token * decode_tok_s / bytes_per_s)
     add("decode step", ms=step_ms, share=bytes_per_token / bytes_per_s / (step_ms / 1e3))

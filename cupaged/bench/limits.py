@@ -22,15 +22,19 @@ SWEEP_BYTES = 2**31  # several times the largest caches
 
 
 def weight_and_kv_bytes(llm: LLM) -> tuple[int, int]:
-    """Bytes of weights that one decoded token reads, and bytes of K/V for each token before it."""
-    from cupaged.checkpoint.weights import expected_tensors
-    from cupaged.engine.dtypes import bytes_of, kv_bytes_per_token
+    """Bytes of weights that one decoded token reads, as they are kept, and of K/V for each token before it."""
+    from cupaged.engine.dtypes import kv_bytes_per_token
+    from cupaged.model.parameters import bytes_of_a_step
 
-    shapes = expected_tensors(llm.config)
-    count = sum(int(np.prod(shape)) for shape in shapes.values())
-    if not llm.config.tie_word_embeddings:  # then a token reads one row of the table; tied, the table is the head as well
-        count -= int(np.prod(shapes["model.embed_tokens.weight"]))
-    return count * bytes_of(llm.dtype), kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+    weight_bytes = bytes_of_a_step(llm.config, llm.dtype, llm.quantization)
+    return weight_bytes, kv_bytes_per_token(llm.config, llm.kv_cache_dtype)
+
+
+def weight_count(llm: LLM) -> int:
+    """Weights that a token is multiplied with, however they are kept."""
+    from cupaged.model.parameters import bytes_of_a_step
+
+    return bytes_of_a_step(llm.config, llm.dtype) // np.dtype(llm.dtype).itemsize
 
 
 def read_limit(device: str, model_bytes: int, threads: int | None = None) -> float:

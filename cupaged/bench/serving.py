@@ -108,7 +108,7 @@ def bench_serving(
     if num_requests is not None and num_requests < 1:
         raise InvalidArgument(f"the number of requests is {num_requests}; give at least 1")
     rng = random.Random()
-    name = f"{llm.path.stem} {llm.dtype}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
+    name = f"{llm.path.stem} {llm.precision}" + (f" kv {llm.kv_cache_dtype}" if llm.kv_cache_dtype != llm.dtype else "")
     shape = f"{lengths.prompt_tokens}+{lengths.tokens}"
     rows: list[dict] = []
 

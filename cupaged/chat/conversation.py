@@ -167,7 +167,7 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     session = _Session(talk, write, stats, interactive, plain)
     if interactive:
-        logger.warning(f"{llm.path.name}, {llm.dtype} on {llm.device}; /help lists the commands")
+        logger.warning(f"{llm.path.name}, {llm.precision} on {llm.device}; /help lists the commands")
     for entry in entries(models_folder() / "chat_history.jsonl" if interactive else None):
         try:
             if not entry.is_command:

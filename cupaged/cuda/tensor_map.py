@@ -26,13 +26,14 @@ def encode_atoms(address: int, rows: int, columns: int, box_rows: int, dtype: st
     return _encode(address, sizes, strides, (box_rows // ROWS, halves, ROWS, COLUMNS), dtype)
 
 
-def encode_rows(address: int, rows: int, columns: int, box_rows: int, dtype: str) -> np.ndarray:
-    """The map of an array [rows, columns] of 16-bit elements at a device address; columns is a multiple of 8.
+def encode_slices(address: int, rows: int, columns: int, box_rows: int, box_columns: int, dtype: str) -> np.ndarray:
+    """The map of an array [rows, columns] of 16-bit elements at a device address, taken as [columns / 64, rows, 64].
 
-    A box is 64 columns of box_rows rows; in shared memory its rows of 128 bytes are swizzled by 128 bytes. Outside of the array
-    there are zeros.
+    A box is box_columns of box_rows rows, both numbers of columns multiples of 64; in shared memory it is 64 columns after 64
+    columns, their rows of 128 bytes swizzled by 128 bytes. Outside of the array there are zeros.
     """
-    return _encode(address, (rows, columns), (2 * columns,), (box_rows, COLUMNS), dtype)
+    sizes, strides = (columns // COLUMNS, rows, COLUMNS), (2 * COLUMNS, 2 * columns)
+    return _encode(address, sizes, strides, (box_columns // COLUMNS, box_rows, COLUMNS), dtype)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -34,6 +34,7 @@ class Llama:
         ops: `cupaged.ops.numpy` or `cupaged.ops.cuda`.
         dtype: one of `ops.DTYPES`, of weights and activations.
         max_positions: the longest sequence that will be asked for.
+        quantization: of the matrices, a kind of `ops.quantized`; None: none.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Llama:
         ops: Any,
         dtype: str,
         max_positions: int,
+        quantization: str | None = None,
     ) -> None:
         self.config, self.ops = config, ops
         self.decoder: Any = None  # a `model.decoder.Decoder`, once there is one: takes steps of one token a sequence
-        self.params = load(config, weights, ops, dtype)
+        self.params = load(config, weights, ops, dtype, quantization)
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))
 
     def forward(

@@ -84,8 +84,7 @@ class Chain:
 
     def linear_add(self, x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
-        tiles = -(-weight.shape[0] // products.TILE)
-        squares = self._array("squares", (tiles, self.rows), "float32")
+        squares = self._array("squares", (self.room.num_parts(weight), self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
         return self._record(products.ADD, name, weight, bias, residual, normed=normed.data.ptr, squares=squares.data.ptr)
 
@@ -138,7 +137,7 @@ class Chain:
     ) -> Array:
         if x == "normed":
             squares = self._arrays["start_squares" if self._from_start else "squares"]
-            values |= {"x_squares": squares.data.ptr, "x_tiles": squares.shape[0]}
+            values |= {"x_squares": squares.data.ptr, "x_parts": squares.shape[0]}
         values |= {"bias": 0 if bias is None else bias.data.ptr, "eps": eps}
         source, done = self._arrays[x].data.ptr, self._done.data.ptr + 4 * self._num_products
         self._recorded.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -20,6 +20,7 @@ from cupaged import attention
 from cupaged.cuda import cublas as blas
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
+from cupaged.ops.quantized import KINDS, QuantizedMatrix, group_of
 
 try:
     cupy = jit.import_cupy()
@@ -33,6 +34,9 @@ KV_DTYPES = ("fp8", "int8")  # of a pool, beside that of the activations
 DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
 _QK_NORM = {"QK_NORM": 1}
+_WEIGHT_DEFINES = {kind: {f"WEIGHT_{kind.upper()}": 1} for kind in KINDS}  # of `quantize` and `dequantize`
+_SCALE_TILE = 128  # rows of a matrix of int4 whose scales lie together
+_SCRATCH_BYTES = 64 << 20  # of a quantised matrix that are dequantised at once
 _SLICE_BYTES = 16 << 20  # of an upload that are converted at once
 _MAX_GRID = 2**31 - 1
 _SOURCES = {
@@ -41,6 +45,8 @@ _SOURCES = {
     "swiglu": "elementwise.cu",
     "add_bias": "elementwise.cu",
     "add_bias_float32": "elementwise.cu",
+    "quantize": "quantize.cu",
+    "dequantize": "quantize.cu",
     "rope_append": "rope_append.cu",
     "copy_blocks": "copy_blocks.cu",
     "penalise": "sampling.cu",
@@ -52,7 +58,7 @@ _SOURCES = {
 }
 _FOR_ALL_DTYPES = ("embedding", "copy_blocks", "penalise", "bias", "sample", "largest", "ranks", "logprobs")
 _SELDOM = (  # asked for by some models, some requests
-    *("add_bias", "add_bias_float32", "copy_blocks", "penalise", "bias"),
+    *("quantize", "dequantize", "add_bias", "add_bias_float32", "copy_blocks", "penalise", "bias"),
     *("largest", "ranks", "logprobs"),
 )
 
@@ -64,9 +70,17 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
         shapes: list[dict[str, int]] = [{}]
         if name == "rope_append":
             shapes = [{**codes, **norm} for codes in ({}, *_CODE_DEFINES.values()) for norm in ({}, _QK_NORM)]
+        elif name in ("quantize", "dequantize"):
+            shapes = list(_WEIGHT_DEFINES.values())
         dtypes = [{}] if name in _FOR_ALL_DTYPES else DTYPE_DEFINES.values()
         found += [(source, name, {**dtype, **shape}) for dtype in dtypes for shape in shapes]
     return found
+
+
+def variants_of_weights(kinds: Iterable[str], dtype: str) -> list[jit.Variant]:
+    """The kernels for matrices of kinds that `quantize` knows, beside activations of a type: for `compiling`."""
+    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds]
+    return [(_SOURCES[name], name, each) for each in defines for name in ("quantize", "dequantize")]
 
 
 def compiling(
@@ -96,6 +110,7 @@ def shared_bytes(name: str) -> int:
     """Dynamic shared memory of a kernel: the size of its `struct Shared`."""
     sizes = {
         "rms_norm": 4 * 32,
+        "quantize": 4 * 32,
         "sample": 2 * 4 * 2048 + 8 * (64 + 32 + 2),
         "largest": 8 * 32,
         "ranks": 4 * 32,
@@ -241,17 +256,61 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return out
 
 
+def quantize(matrix: Array, kind: str) -> QuantizedMatrix:
+    """A matrix [out, in] of bfloat16 or float16 as codes of a kind, as `ops.quantized` says and in the order of quantize.cu.
+
+    InvalidArgument where the kind is not for such a matrix.
+    """
+    rows, inner = matrix.shape
+    group = group_of(kind, inner)
+    if kind == "int4":
+        tiles = -(-rows // _SCALE_TILE)
+        codes = empty((rows, inner // 2), "uint8")
+        scales = empty((tiles, inner // group, _SCALE_TILE, 2), "float16")
+        grid, threads = tiles * inner // 32, _SCALE_TILE
+    else:
+        codes, scales = empty((rows, inner), "int8" if kind == "int8" else "uint8"), empty((rows,), "float16")
+        grid, threads = rows, _threads(inner // 16, 256)
+    args = (matrix, codes, scales, *map(np.int32, (rows, inner, group)))
+    _launch("quantize", (grid,), threads, args, matrix.dtype, **_WEIGHT_DEFINES[kind])
+    return QuantizedMatrix(kind, (rows, inner), codes, scales)
+
+
+def dequantize(matrix: QuantizedMatrix, dtype: str, first: int = 0, count: int | None = None) -> Array:
+    """Rows first .. first + count of what a matrix stands for, by default all -> [count, in] of bfloat16 or float16."""
+    rows, inner = matrix.shape
+    count = rows - first if count is None else min(count, rows - first)
+    out = empty((count, inner), dtype)
+    pieces = count * (inner // (32 if matrix.kind == "int4" else 16))
+    args = (matrix.codes, matrix.scales, out, *map(np.int32, (first, count, inner, group_of(matrix.kind, inner))))
+    _launch("dequantize", (-(-pieces // 256),), 256, args, out.dtype, **_WEIGHT_DEFINES[matrix.kind])
+    return out
+
+
 Gemm = Callable[[Array, Array, Array, bool], None]  # as `_gemm`
+Weight = Array | QuantizedMatrix  # [out, in]
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, dtype: str | None = None, *, gemm: Gemm | None = None) -> Array:
+def _multiply(x: Array, weight: Weight, out: Array, add: bool, gemm: Gemm | None) -> None:
+    """`_gemm`, or what takes its place; a quantised matrix is dequantised a slice at a time, so that little is there twice."""
+    gemm = gemm or _gemm
+    if not isinstance(weight, QuantizedMatrix):
+        gemm(x, weight, out, add)
+        return
+    rows, inner = weight.shape
+    step = max(1, _SCRATCH_BYTES // (inner * x.dtype.itemsize))
+    for first in range(0, rows, step):
+        gemm(x, dequantize(weight, x.dtype, first, step), out[:, first : first + step], add)
+
+
+def linear(x: Array, weight: Weight, bias: Array | None = None, dtype: str | None = None, *, gemm: Gemm | None = None) -> Array:
     """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype`: that of x or "float32".
 
     `gemm` multiplies, if it is not to be cuBLAS.
     """
     out = empty((x.shape[0], weight.shape[0]), x.dtype if dtype is None else dtype)
     if out.size:
-        (gemm or _gemm)(x, weight, out, False)
+        _multiply(x, weight, out, False, gemm)
         _add_bias(out, bias, x.dtype)
     return out
 
@@ -260,7 +319,7 @@ def norm_linear(
     x: Array,
     gain: Array,
     eps: float,
-    weight: Array,
+    weight: Weight,
     bias: Array | None = None,
     dtype: str | None = None,
     *,
@@ -271,7 +330,7 @@ def norm_linear(
 
 
 def norm_swiglu(
-    x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, *, gemm: Gemm | None = None
+    x: Array, gain: Array, eps: float, weight: Weight, bias: Array | None = None, *, gemm: Gemm | None = None
 ) -> Array:
     """silu(gate) * up, both `norm_linear` of x [T, in] -> [T, ffn].
 
@@ -285,13 +344,13 @@ def norm_swiglu(
     return out
 
 
-def linear_add(x: Array, weight: Array, residual: Array, bias: Array | None = None, *, gemm: Gemm | None = None) -> Array:
+def linear_add(x: Array, weight: Weight, residual: Array, bias: Array | None = None, *, gemm: Gemm | None = None) -> Array:
     """residual [T, out] + x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out].
 
     `residual` is overwritten by the result, which is returned. It is rounded once, or with a bias once more.
     """
     if residual.size:
-        (gemm or _gemm)(x, weight, residual, True)
+        _multiply(x, weight, residual, True, gemm)
         _add_bias(residual, bias, x.dtype)
     return residual
 
@@ -319,6 +378,7 @@ def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T on cuBLAS, accumulated in float32; with `add` also what out held, rounded once.
 
     cuBLAS is column-major: the same memory is out^T [N, T] = (weight^T [K, N])^T @ x^T [K, T], leading dimensions N, K and K.
+    `out` may be columns of another array: then its leading dimension is the width of that.
     """
     cublas, types = blas.module(), _cublas_types()
     (rows, inner), columns = x.shape, weight.shape[0]
@@ -343,7 +403,7 @@ def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
             _ONE_ADDRESS if add else _ZERO_ADDRESS,
             out.data.ptr,
             types[out.dtype.name],
-            columns,
+            out.strides[0] // out.dtype.itemsize,
             cublas.CUBLAS_COMPUTE_32F,
             cublas.CUBLAS_GEMM_DEFAULT,
         )

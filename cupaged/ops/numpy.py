@@ -25,19 +25,19 @@ are kept there:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import psutil
+
+from cupaged.ops import quantized
+from cupaged.ops.quantized import QuantizedMatrix, dequantize, quantize  # noqa: F401  (operations like those below)
 
 DTYPES = ("float32",)
 KV_DTYPES = ("bfloat16", "float16", "fp8", "int8")  # of a pool, beside that of the activations
 _QUERY_TILE = 128  # query rows whose scores are in memory at once
-_FP8 = ml_dtypes.float8_e4m3fn
-_FP8_MAX = 448
-_FLOAT16_MAX = 65504
 
 
 def device(index: int = 0) -> contextlib.AbstractContextManager:
@@ -50,6 +50,11 @@ def compiling(
 ) -> contextlib.AbstractContextManager:
     """Context beside whose body a model's operations are compiled; here there is nothing to compile."""
     return contextlib.nullcontext()
+
+
+def variants_of_weights(kinds: Iterable[str], dtype: str) -> list:
+    """What `compiling` takes more for matrices of kinds that `quantize` knows; here nothing."""
+    return []
 
 
 def check() -> None:
@@ -100,20 +105,23 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x * (1.0 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))) * weight
 
 
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, dtype: str | None = None) -> np.ndarray:
+Weight = np.ndarray | QuantizedMatrix  # [out, in]
+
+
+def linear(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None, dtype: str | None = None) -> np.ndarray:
     """x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out], in `dtype` (default: that of x)."""
-    out = x @ weight.T
+    out = quantized.product(x, weight) if isinstance(weight, QuantizedMatrix) else x @ weight.T
     return out if bias is None else out + bias
 
 
 def norm_linear(
-    x: np.ndarray, gain: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None, dtype: str | None = None
+    x: np.ndarray, gain: np.ndarray, eps: float, weight: Weight, bias: np.ndarray | None = None, dtype: str | None = None
 ) -> np.ndarray:
     """linear(rms_norm(x, gain, eps), weight, bias, dtype) of x [T, in], gain [in], weight [out, in], bias [out] -> [T, out]."""
     return linear(rms_norm(x, gain, eps), weight, bias, dtype)
 
 
-def norm_swiglu(x: np.ndarray, gain: np.ndarray, eps: float, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def norm_swiglu(x: np.ndarray, gain: np.ndarray, eps: float, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
     """silu(gate) * up, both `norm_linear` of x [T, in] (Shazeer 2020, "GLU Variants Improve Transformer") -> [T, ffn].
 
     weight [2 * ffn, in] and bias [2 * ffn] hold 8 rows of the gate, then the same 8 of up, by turns: rows 16 j .. 16 j + 7 are
@@ -134,7 +142,7 @@ def _taken_apart(both: np.ndarray) -> np.ndarray:
     return np.concatenate([groups, last], axis=-1)
 
 
-def linear_add(x: np.ndarray, weight: np.ndarray, residual: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def linear_add(x: np.ndarray, weight: Weight, residual: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """residual [T, out] + x [T, in] times weight [out, in] transposed, plus bias [out] -> [T, out].
 
     `residual` is overwritten by the result, which is returned.
@@ -191,9 +199,9 @@ def rope_append(
         for which, (pool, x) in enumerate([(k_pool, _rotate(k[rows], rope_table[position])), (v_pool, v[rows])]):
             x = x.swapaxes(0, 1)  # [num_kv_heads, rows, head_dim]
             if pool.dtype == np.int8:
-                x, kv_scales[:, page, slot, which] = _to_int8(x)
+                x, kv_scales[:, page, slot, which] = quantized.to_int8(x)
             elif pool.dtype == np.uint8:
-                x = _to_fp8(x, kv_scales[:, which, None, None])
+                x = quantized.to_fp8(x, kv_scales[:, which, None, None])
             pool[:, page, slot] = x
     return _rotate(q, rope_table[positions])
 
@@ -205,26 +213,13 @@ def _rotate(x: np.ndarray, rope_rows: np.ndarray) -> np.ndarray:
     return np.concatenate([lower * cos - upper * sin, upper * cos + lower * sin], axis=-1)
 
 
-def _to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codes int8 [..., head_dim] and scales float16 [...] of head vectors."""
-    exact = np.minimum(np.abs(x).max(axis=-1) / 127, _FLOAT16_MAX)
-    scale = exact.astype(np.float16)
-    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
-    divisor = np.where(scale == 0, 1, scale.astype(x.dtype))  # then all of x is 0
-    return np.clip(np.rint(x / divisor[..., None]), -127, 127).astype(np.int8), scale
-
-
-def _to_fp8(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.clip(x / scale, -_FP8_MAX, _FP8_MAX).astype(_FP8).view(np.uint8)
-
-
 def _values(pages: np.ndarray, scales: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
     """What pages of a pool [num_kv_heads, pages, block_size, head_dim] hold; int8's scales are those of these pages."""
     if pages.dtype == np.int8:
         with np.errstate(invalid="ignore"):  # in slots that nobody has written
             return pages.astype(dtype) * scales[..., None]
     if pages.dtype == np.uint8:
-        return pages.view(_FP8).astype(dtype) * scales[:, None, None, None]
+        return quantized.of_fp8(pages, dtype) * scales[:, None, None, None]
     return pages.astype(dtype, copy=False)
 
 

@@ -15,8 +15,9 @@ from cupaged.ops import cuda
 Array = Any  # cupy.ndarray
 
 SOURCE, NAME = "weight_stream.cu", "weight_stream"
-TILE, DEPTH = 128, 64  # rows of weights and length of a unit
-STAGES = {8: (12, 16), 16: (12, 10), 32: (11, 8), 64: (10, 6)}  # of weights and of x, by the rows of x: as many as fit
+STRIP, SLICE = 8, 256  # rows of weights and part of the inner dimension that are multiplied at once
+_STAGE_BYTES, _TILE_STAGES = 4 * STRIP * SLICE * 2, 6
+STAGES = {8: (12, 6), 16: (12, 4), 32: (11, 3), 64: (8, 3)}  # of weights and of x, by the rows of x: as many as fit
 THREADS = 7 * 32
 MOST_ROWS = max(STAGES)
 MOST_PRODUCTS = 4
@@ -24,22 +25,21 @@ WAITED_IN_VAIN = (
     "a kernel waited in vain for another part of the step, and its results are wrong; try once more, and if it happens again "
     "report it, with the output of cupaged info"
 )
-_UNWRITTEN = 0xFFFFFFFF
 STORE, STORE_FLOAT, SWIGLU, ADD, QKV = range(5)
 
 PRODUCT = np.dtype(
     [(name, tensor_map.DTYPE) for name in ("weights", "x")]
     + [(name, "<u8") for name in ("out", "bias", "gain", "normed", "squares", "x_squares", "done")]
-    + [(name, "<i4") for name in ("num_rows", "inner", "x_tiles", "finish")]
+    + [(name, "<i4") for name in ("num_rows", "inner", "x_parts", "finish")]
     + [("eps", "<f4"), ("reserved", "<u4", 13)]
 )
 OF_APPEND = ["rope_table", "k_pool", "v_pool", "kv_scales", "seq_lens", "page_indptr", "page_indices"]
 SIZES_OF_APPEND = ["num_heads", "num_kv_heads", "head_dim", "num_blocks", "block_shift"]
 CHAIN = np.dtype(
     [("products", PRODUCT, MOST_PRODUCTS)]
-    + [(name, "<u8") for name in ("parts", "flag", *OF_APPEND)]
+    + [(name, "<u8") for name in ("flag", *OF_APPEND)]
     + [(name, "<i4") for name in (*SIZES_OF_APPEND, "padding", "num_products", "num_tokens")]
-    + [("reserved", "<u4", 6)]
+    + [("reserved", "<u4", 8)]
 )
 
 
@@ -57,16 +57,17 @@ def _defines(dtype: str, kv_dtype: str, rows: int) -> dict[str, int]:
 def shared_bytes(rows: int) -> int:
     """Dynamic shared memory of a CTA: the size of `struct Shared`."""
     stages, x_stages = STAGES[rows]
-    boxes = stages * TILE * DEPTH * 2 + x_stages * rows * DEPTH * 2
-    rest = 16 * (stages + x_stages) + 8 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 4) * rows + 4 * 4 * 8 * 36
-    return boxes + -(-rest // 1024) * 1024
+    slices = stages * _STAGE_BYTES + x_stages * rows * SLICE * 2
+    per_token, per_row = 4 * (MOST_PRODUCTS + 2), 2 * 2
+    rest = 16 * (stages + x_stages) + 8 * MOST_PRODUCTS + per_token * rows + per_row * _TILE_STAGES * 4 * STRIP
+    return slices + -(-rest // 1024) * 1024
 
 
 def takes(config: ModelConfig) -> bool:
     """Whether a model's products can be computed by launches on the current device: one of sm_90, where they were measured."""
     device = jit.import_cupy().cuda.Device()
     widths = (config.hidden_size, config.intermediate_size)
-    fits = all(width % 8 == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
+    fits = all(width % 64 == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
     return fits and int(device.compute_capability) == 90
 
 
@@ -76,17 +77,19 @@ def rows_for(num_tokens: int) -> int:
 
 
 class Room:
-    """What the CTAs of launches of so many rows share: parts of tiles on their way, and whether one was waited for in vain."""
+    """What launches of so many rows need: as many CTAs as there are SMs, and a place to say that one was waited for in vain."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.num_ctas = rows, _num_ctas()
-        self.parts = cuda.upload(np.full(self.num_ctas * TILE * rows, _UNWRITTEN, np.uint32))
         self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
 
     def reset(self) -> None:
         """After a launch that has failed: as if none had been."""
-        self.parts[...] = _UNWRITTEN
         self.flag[0] = 0
+
+    def num_parts(self, weight: Array) -> int:
+        """CTAs that have rows of a product that adds to the residual."""
+        return min(self.num_ctas, -(-weight.shape[0] // STRIP))
 
     def launch(self, products: list[dict], num_tokens: int, dtype: str, kv_dtype: str, append: dict | None = None) -> None:
         """Queue up to four products, each as `product` makes them and its `done` count zero."""
@@ -94,7 +97,7 @@ class Room:
         for target, values in zip(chain["products"], products, strict=False):
             for name, value in values.items():
                 target[name] = value
-        chain["parts"], chain["flag"] = self.parts.data.ptr, self.flag.ctypes.data
+        chain["flag"] = self.flag.ctypes.data
         for name, value in (append or {}).items():
             chain[name] = value
         chain["num_products"], chain["num_tokens"] = len(products), num_tokens
@@ -110,8 +113,8 @@ def product(
     """PRODUCT of x, x_rows rows of `dtype` at an address, and a weight, for a kernel of so many rows."""
     num_rows, inner = weight.shape
     return {
-        "weights": tensor_map.encode_rows(weight.data.ptr, num_rows, inner, TILE, dtype),
-        "x": tensor_map.encode_rows(x, x_rows, inner, rows, dtype),
+        "weights": tensor_map.encode_slices(weight.data.ptr, num_rows, inner, STRIP, SLICE, dtype),
+        "x": tensor_map.encode_slices(x, x_rows, inner, rows, SLICE, dtype),
         "out": out,
         "num_rows": num_rows,
         "inner": inner,

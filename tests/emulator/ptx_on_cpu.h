@@ -195,9 +195,12 @@ inline void tensor_copy_2d(void* shared, const TensorMap* map, int x, int y, uns
 inline void tensor_copy_4d(void* shared, const TensorMap* map, int x, int y, int z, int w, unsigned long long* barrier) {
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, w}, barrier);
 }
-inline void tensor_copy_2d_hint(
-    void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier, unsigned long long) {
-  tensor_copy_2d(shared, map, x, y, barrier);
+inline void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier) {
+  simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, 0}, barrier);
+}
+inline void tensor_copy_3d_hint(
+    void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long) {
+  tensor_copy_3d(shared, map, x, y, z, barrier);
 }
 inline void prefetch_tensormap(const TensorMap*) {}
 inline void fence_proxy_async_shared() { simt::fence_proxy_async(); }

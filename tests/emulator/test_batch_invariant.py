@@ -15,18 +15,18 @@ from cupaged.ops import numpy as reference_ops
 from cupaged.ops import products
 from cupaged.ops.invariant import BatchInvariant
 
-from .test_weight_stream import encode_rows
+from .test_weight_stream import encode_slices
 
 BLOCK_SIZE, BLOCKS = 16, 60
 
 
 @pytest.fixture
 def make(ops, monkeypatch, tmp_path):
-    monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
+    monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name):
-        folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+        folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
         config = load_config(folder)
         weights = list(open_weights(folder, config))
         invariant = BatchInvariant()

@@ -1,9 +1,10 @@
 """The graphs of decode steps, captured and replayed over emulated kernels."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
-from op_cases import SEED
+from op_cases import QUANTISED, SEED
 
 from cupaged import SamplingParams
 from cupaged.checkpoint.config import load_config
@@ -21,7 +22,7 @@ from cupaged.ops import cuda, products
 from cupaged.ops import numpy as reference_ops
 
 from .emulator import Kernel
-from .test_weight_stream import encode_rows
+from .test_weight_stream import encode_slices
 
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
 BLOCKS, BLOCK_SIZE = 24, 16
@@ -30,15 +31,16 @@ BLOCKS, BLOCK_SIZE = 24, 16
 @pytest.fixture
 def decoding(ops, monkeypatch, tmp_path):
     """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
-    monkeypatch.setattr(tensor_map, "encode_rows", encode_rows)
+    monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
-    def make(name, kv_dtype="bfloat16", chained=True):
+    def make(name, kv_dtype="bfloat16", chained=True, quantization=None):
         monkeypatch.setattr(products, "takes", lambda config: chained)
-        folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+        folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
         config = load_config(folder)
-        weights = list(open_weights(folder, config))
-        models = [Llama(config, weights, o, dtype, 64) for o, dtype in ((ops, "bfloat16"), (reference_ops, "float32"))]
+        weights = [(tensor, array.astype(ml_dtypes.bfloat16)) for tensor, array in open_weights(folder, config)]
+        sides = (ops, "bfloat16"), (reference_ops, "float32")
+        models = [Llama(config, weights, o, dtype, 64, quantization) for o, dtype in sides]
         pools = [KVPool(o, config, d, BLOCKS, BLOCK_SIZE) for o, d in ((ops, kv_dtype), (reference_ops, "float32"))]
         pools[0].k.view(np.uint8)[...] = pools[0].v.view(np.uint8)[...] = 0  # block 0 is nobody's
         models[0].decoder = Decoder(models[0], pools[0].k, pools[0].v, pools[0].scales, 64, 16)
@@ -61,16 +63,23 @@ def batch(sequences, tokens, pages, order):
     )
 
 
-@pytest.mark.parametrize("chained", [True, False])
+CASES = [
+    *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
+    *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"),
+    ("name", "kv_dtype", "chained", "quantization"),
     [
-        *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
-        *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+        *((*case, chained, None) for case in CASES for chained in (True, False)),
+        *(("llama-gqa", "bfloat16", False, kind) for kind in QUANTISED),
+        *(("llama-bias", "bfloat16", False, "int8"), ("llama-tied", "bfloat16", False, "fp8")),
     ],
 )
-def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype, chained):
-    (model, reference), pools = decoding(name, kv_dtype, chained)
+def test_steps_of_a_batch_that_grows_and_shrinks(decoding, ops, monkeypatch, name, kv_dtype, chained, quantization):
+    monkeypatch.setattr(ops, "_SCRATCH_BYTES", 2 * 192 * 100)  # a quantised matrix is multiplied in slices
+    (model, reference), pools = decoding(name, kv_dtype, chained or quantization is not None, quantization)
     rng = np.random.default_rng([SEED, 61])
     vocab = model.config.vocab_size
     pages = rng.permutation(np.arange(1, BLOCKS))[:20].reshape(5, 4)

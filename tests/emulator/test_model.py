@@ -2,9 +2,11 @@
 
 import contextlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
+from op_cases import QUANTISED
 
 from cupaged import SamplingParams, attention
 from cupaged.checkpoint.config import load_config
@@ -14,10 +16,12 @@ from cupaged.engine.dtypes import stored_as
 from cupaged.engine.kv_pool import KVPool
 from cupaged.model import decoder
 from cupaged.model.llama import Batch, Llama
+from cupaged.model.parameters import kinds
 from cupaged.model.sampling import SamplingRow, sample
 from cupaged.ops import numpy as reference_ops
 from cupaged.ops import products
 
+BFLOAT16 = ml_dtypes.bfloat16
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
 PAGES = np.int32([5, 2, 7, 1, 3, 6])  # of blocks of 16: the first sequence has four, the second two
 
@@ -36,17 +40,21 @@ def batch(tokens, seq_lens):
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"),
+    ("name", "kv_dtype", "quantization"),
     [
-        *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
-        *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+        *(("llama-gqa", kv_dtype, None) for kv_dtype in ("bfloat16", "int8", "fp8")),
+        *((name, "bfloat16", None) for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+        *(("llama-gqa", "bfloat16", kind) for kind in QUANTISED),
+        *(("llama-bias", "bfloat16", "int8"), ("llama-tied", "bfloat16", "fp8"), ("qwen3-window", "int8", "int4")),
     ],
 )
-def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_path, name, kv_dtype):
+def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_path, name, kv_dtype, quantization):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
     config = load_config(folder)
-    weights = list(open_weights(folder, config))
-    models = [Llama(config, weights, o, dtype, 64) for o, dtype in ((ops, "bfloat16"), (reference_ops, "float32"))]
+    weights = [(tensor, array.astype(BFLOAT16)) for tensor, array in open_weights(folder, config)]
+    sides = (ops, "bfloat16"), (reference_ops, "float32")
+    monkeypatch.setattr(ops, "_SCRATCH_BYTES", 2 * 192 * 100)  # a quantised matrix is multiplied in slices
+    models = [Llama(config, weights, o, dtype, 64, quantization) for o, dtype in sides]
     pools = [KVPool(ops, config, kv_dtype, 8, 16), KVPool(reference_ops, config, "float32", 8, 16)]
     assert pools[0].k.dtype == stored_as(kv_dtype)
     planned = []
@@ -73,9 +81,15 @@ def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"), [("llama-gqa", "bfloat16"), ("llama-gqa", "int8"), ("llama-gqa", "fp8"), ("qwen3", "bfloat16")]
+    ("name", "kv_dtype", "quantization"),
+    [
+        *(("llama-gqa", kv_dtype, None) for kv_dtype in ("bfloat16", "int8", "fp8")),
+        *(("qwen3", "bfloat16", quantization) for quantization in (None, *QUANTISED)),
+    ],
 )
-def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch, tmp_path, name, kv_dtype, graphs):
+def test_what_is_compiled_at_the_start_is_what_a_request_takes(
+    ops, monkeypatch, tmp_path, name, kv_dtype, quantization, graphs
+):
     compiled, asked, kernel = [], [], jit.kernel
     monkeypatch.setattr(jit, "compiling", lambda variants: contextlib.nullcontext(compiled.extend(variants)))
     monkeypatch.setattr(
@@ -86,10 +100,12 @@ def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch,
 
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
     config = load_config(folder)
-    also = decoder.variants(config, "bfloat16", stored_as(kv_dtype)) if graphs else ()
+    also = ops.variants_of_weights(kinds(quantization), "bfloat16")
+    if graphs:
+        also += decoder.variants(config, "bfloat16", stored_as(kv_dtype), quantization)
     with ops.compiling("bfloat16", stored_as(kv_dtype), config.head_dim, 16, config.qk_norm, also):
-        model = Llama(config, open_weights(folder, config), ops, "bfloat16", 64)
-    assert not asked
+        model = Llama(config, open_weights(folder, config), ops, "bfloat16", 64, quantization)
+    assert {name for _, name, _ in asked} == ({"quantize"} if quantization else set())
     pool = KVPool(ops, config, kv_dtype, 8, 16)
     if graphs:
         model.decoder = decoder.Decoder(model, pool.k, pool.v, pool.scales, 64, 4)

@@ -12,7 +12,7 @@ from cupaged import LLM, InvalidArgument, SamplingParams
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "qwen3"])
 def test_bits(tmp_path, name, dtype):
-    folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
+    folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
 
     def load(**options):
         try:

@@ -4,8 +4,11 @@ import pytest
 from op_cases import (
     CASES,
     LARGE_CASES,
+    QUANTISED,
+    SHAPES_OF_QUANTISED,
     check,
     check_large_pool,
+    check_layout,
     check_padding_rows,
     check_rows_are_independent,
     check_shared_prefix,
@@ -29,6 +32,13 @@ def test_rows_of_no_sequence_are_left_alone(ops, kv, qk_norm):
 
 def test_a_part_of_an_array_can_be_written(ops, monkeypatch):
     check_write(ops, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("shape", SHAPES_OF_QUANTISED, ids=str)
+def test_quantised_matrices_lie_as_other_kernels_read_them(ops, shape, kind, dtype):
+    check_layout(ops, kind, dtype, shape)
 
 
 def test_a_token_depends_on_its_own_row_alone(ops):
