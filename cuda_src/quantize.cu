@@ -5,7 +5,7 @@
 //            a word t, of four k:   2 t | 2 t + 8 | 2 t + 1 | 2 t + 9      (the first one in the lowest bits)
 //   4 bits   codes [num_rows, inner / 2], of every 32 k the same four words; a word t, of eight k:
 //            2 t | 2 t + 8 | 2 t + 16 | 2 t + 24 | 2 t + 1 | 2 t + 9 | 2 t + 17 | 2 t + 25
-//            {scale, zero} [ceil(num_rows / 128), inner / group, 128]: tiles of 128 rows, in them by group; zeros for no row
+//            {scale, zero} [ceil(num_rows / 128) * 16, inner / group, 8]: strips of 8 rows, in them by group; zeros for no row
 //
 // A thread takes what fills 16 bytes of codes. To 8 bits: a CTA a row, which is read twice, the second time from the cache. To 4
 // bits: neighbouring threads that share a group find its extremes by shuffles.
@@ -13,7 +13,7 @@
 #include "reduce.cuh"
 
 #if defined(WEIGHT_INT4)
-constexpr int PIECE = 32, TILE = 128;
+constexpr int PIECE = 32, TILE = 128, STRIP = 8;
 struct alignas(4) scale_type {
   unsigned short scale, zero;
 };
@@ -44,7 +44,7 @@ __device__ __forceinline__ constexpr int k_of(int word, int nibble) {
 }
 
 __device__ __forceinline__ long long scale_of(long long row, int k, int inner, int group) {
-  return (row / TILE * (inner / group) + k / group) * TILE + row % TILE;
+  return (row / STRIP * (inner / group) + k / group) * STRIP + row % STRIP;
 }
 
 // A thread a piece, of as many rows as whole tiles have: gridDim.x is tiles times pieces of a row.

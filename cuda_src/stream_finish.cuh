@@ -51,7 +51,7 @@ struct Turned {
   float at[TOKENS][PHASE_ROWS + 4];
   float squares[TILE_STAGES][TOKENS];
 };
-static_assert(sizeof(Turned) <= sizeof(Slice<TOKENS>));
+static_assert(sizeof(Turned) <= sizeof(XSlice));
 
 // All that the finishing of a product needs.
 struct Finishing {
@@ -64,6 +64,7 @@ struct Finishing {
   // What is read from global memory long before it is wanted: of two rows of the tile, and of the first octets.
   struct Ahead {
     scalar bias[2], gain[2];
+    [[maybe_unused]] unsigned short row_scale[2];
     vec<scalar, 8> residual[AT_ONCE];
   };
 
@@ -81,6 +82,9 @@ struct Finishing {
       const int row = row_of_strip(product, chain.append, tile.first + of_tile / STRIP) + of_tile % STRIP;
       const bool exists = of_tile < tile.count * STRIP && row < product.num_rows;
       ahead.bias[i] = exists && product.bias != nullptr ? product.bias[row] : from_float<scalar>(0);
+#if WEIGHT_BITS == 8
+      if (exists) ahead.row_scale[i] = static_cast<const unsigned short*>(product.scales)[row];
+#endif
       ahead.gain[i] = exists && product.gain != nullptr ? product.gain[row] : from_float<scalar>(0);
     }
     if (product.finish != ADD) return ahead;
@@ -92,6 +96,11 @@ struct Finishing {
   __device__ __forceinline__ vec<float, 8> values(const Turned& turned, int token, int column, int strip) const {
     vec<float, 8> values = load<8>(&turned.at[token][column]);
     const vec<scalar, 8> bias = load<8>(&shared.bias[strip * STRIP]);
+#if WEIGHT_BITS == 8
+    const vec<unsigned short, 8> scale = load<8>(&shared.row_scale[strip * STRIP]);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values.at[i] *= cvt_f32_f16(scale.at[i]);
+#endif
 #pragma unroll
     for (int i = 0; i < 8; i++) values.at[i] = values.at[i] * factors[token] + to_float(bias.at[i]);
     return values;
@@ -214,6 +223,9 @@ struct Finishing {
           if (row >= TILE_ROWS) continue;
           shared.bias[row] = ahead.bias[i];
           shared.gain[row] = ahead.gain[i];
+#if WEIGHT_BITS == 8
+          shared.row_scale[row] = ahead.row_scale[i];
+#endif
         }
       }
       named_barrier_sync(CONSUMERS, CONSUMER_THREADS);

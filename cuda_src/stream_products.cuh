@@ -2,10 +2,14 @@
 #pragma once
 #include "paged_kv.cuh"
 #include "stream_norm.cuh"
+#include "weight_codes.cuh"
 
-constexpr int STRIP = 8;                      // rows of weights that an mma has as columns
-constexpr int SLICE = 256;                    // of the inner dimension: what of x is in shared memory at once
-constexpr int BLOCK = 64, BLOCKS = SLICE / BLOCK;  // scalars of 128 bytes
+constexpr int STRIP = 8;  // rows of weights that an mma has as columns
+// Of the inner dimension: what of x is in shared memory at once. Longer where that is few bytes, of weights and of x.
+constexpr int SLICE = TOKENS > 16 || WEIGHT_BITS == 16 ? 256 : TOKENS > 8 || WEIGHT_BITS == 8 ? 512 : 1024;
+constexpr int X_BLOCK = 64, X_BLOCKS = SLICE / X_BLOCK;  // of 128 bytes, the width of a box
+constexpr int WEIGHT_BLOCK = 1024 / WEIGHT_BITS, WEIGHT_BLOCKS = SLICE / WEIGHT_BLOCK;
+constexpr int GROUPS = SLICE / GROUP;
 constexpr int STAGE_STRIPS = 4;               // of one slice, in a stage
 constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in registers at once
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
@@ -18,9 +22,6 @@ static_assert(CONSUMER_WARPS / TOKEN_PARTS * WARP_STRIPS == STAGE_STRIPS);
 // How many stages' worth of sums are finished at once.
 constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
 
-#ifndef MOST_UNDER_WAY
-#define MOST_UNDER_WAY 4
-#endif
 #ifndef PATIENCE
 #define PATIENCE 2000000000ull  // nanoseconds
 #endif
@@ -42,6 +43,7 @@ struct Product {
   float* squares;          // ADD: [CTAs that have rows, TOKENS], of the residual, summed over the CTA's rows
   const float* x_squares;  // [x_parts, TOKENS] of what x was made from; null: x is taken as it is
   unsigned* done;          // CTAs that have finished
+  const void* scales;      // of 8-bit codes float16 [num_rows], of int4 as quantize.cu says
   int num_rows, inner, x_parts, finish;
   float eps;
 };
@@ -66,23 +68,42 @@ struct Chain {
 static_assert(sizeof(Chain) == 1664, "CHAIN of cupaged/ops/products.py");
 
 // ROWS rows of a slice, as boxes of 128 bytes of each row with the 128-byte swizzle: piece p (16 bytes) of row r at p XOR r % 8.
-template <int ROWS>
-struct alignas(1024) Slice {
-  scalar at[BLOCKS][ROWS][BLOCK];
+template <int ROWS, int BLOCKS>
+struct alignas(1024) Boxes {
+  unsigned char at[BLOCKS][ROWS][128];
 
-  __device__ __forceinline__ const scalar* piece(int block, int row, int number) const {
-    return &at[block][row][(number ^ row % 8) * 8];
+  __device__ __forceinline__ const void* piece(int block, int row, int number) const {
+    return &at[block][row][(number ^ row % 8) * 16];
   }
 };
+using XSlice = Boxes<TOKENS, X_BLOCKS>;
+struct Stage {
+  Boxes<STRIP, WEIGHT_BLOCKS> strips[STAGE_STRIPS];
+};
+#if WEIGHT_BITS == 4
+struct Scales {  // and zeros, of a stage
+  unsigned at[STAGE_STRIPS][GROUPS][STRIP];
+};
+#endif
+// Stages that are asked for at once: enough for the full speed of memory.
+#ifndef MOST_UNDER_WAY
+#define MOST_UNDER_WAY (64 * 1024 / static_cast<int>(sizeof(Stage)))
+#endif
 
 struct Shared {
-  Slice<STRIP> weights[STAGES][STAGE_STRIPS];
-  Slice<TOKENS> x[X_STAGES];
+  Stage weights[STAGES];
+  XSlice x[X_STAGES];
+#if WEIGHT_BITS == 4
+  Scales scales[STAGES];
+#endif
   unsigned long long weights_full[STAGES], weights_empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
   unsigned long long factors_full[MOST_PRODUCTS];
   float factors[MOST_PRODUCTS][TOKENS];    // 1 / rms; one for each product: whoever has no rows may fall behind
   int position[TOKENS], block[TOKENS];     // of QKV's tokens, and the pool's block that holds them; -1: no such token
   alignas(16) scalar bias[TILE_ROWS], gain[TILE_ROWS];  // of a tile that is finished
+#if WEIGHT_BITS == 8
+  unsigned short row_scale[TILE_ROWS];
+#endif
 };
 
 // Whose turn it is in a ring of N stages: consumers wait for `parity` of full, the producer for the other parity of empty.

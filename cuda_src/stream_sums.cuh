@@ -1,10 +1,10 @@
 // The sums of a tile in registers: tokens are the rows of an mma, rows of weights its columns.
 //
-//   x [16 tokens, 16] from a slice, ldmatrix -> A       weights [8 rows, 16] of a strip, ldmatrix -> B
+//   x [16 tokens, 16] from a slice, ldmatrix -> A       weights [8 rows, 16] of a strip, ldmatrix, from codes to scalars -> B
 #pragma once
 #include "stream_products.cuh"
 
-constexpr int KEPT = WARP_STRIPS > 2 ? BLOCKS : 1;  // of a slice of x; and how many are in registers
+constexpr int KEPT = WARP_STRIPS > 2 ? X_BLOCKS : 1;  // of a slice of x; and how many are in registers
 
 // An mma waits for the one before it in its chain; those of other strips and chains fill the time.
 constexpr int CHAINS = WARP_STRIPS < 4 ? 2 : 1;
@@ -18,7 +18,7 @@ struct Sums {
   __device__ static __forceinline__ int first_token() { return threadIdx.x / 32 % TOKEN_PARTS * 16; }
   __device__ static __forceinline__ int first_strip() { return threadIdx.x / 32 / TOKEN_PARTS * WARP_STRIPS; }
 
-  __device__ static __forceinline__ void load_tokens(unsigned (&a)[4][4], const Slice<TOKENS>& x, int block) {
+  __device__ static __forceinline__ void load_tokens(unsigned (&a)[4][4], const XSlice& x, int block) {
     const int lane = threadIdx.x % 32;
     if constexpr (TOKENS < 16) {
 #pragma unroll
@@ -38,37 +38,45 @@ struct Sums {
   }
 
   // A slice of x whose products come next. Kept in registers where it is used for many strips.
-  __device__ __forceinline__ void take(const Slice<TOKENS>& x) {
-    if constexpr (KEPT == BLOCKS) {
+  __device__ __forceinline__ void take(const XSlice& x) {
+    if constexpr (KEPT > 1) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; block++) load_tokens(tokens[block], x, block);
+      for (int block = 0; block < X_BLOCKS; block++) load_tokens(tokens[block], x, block);
     }
   }
 
-  // The products of a stage and the slice taken last.
-  __device__ __forceinline__ void add(int stage, const Slice<STRIP> (&strips)[STAGE_STRIPS], int count, const Slice<TOKENS>& x) {
+  // The products of a stage and the slice taken last. Half a block at a time: what an ldmatrix loads of a strip.
+  __device__ __forceinline__ void add(int stage, const Shared& shared, int place, int count, const XSlice& x) {
     const int lane = threadIdx.x % 32;
     if (first_strip() >= count) return;
-    // Of half a block; a strip that is not there is what was there before, and nobody wants its sums.
-    unsigned b[2][WARP_STRIPS][4];
+    constexpr int STEPS = WEIGHT_BLOCK / 32, HALVES = 2 * WEIGHT_BLOCKS;
+    unsigned words[2][WARP_STRIPS][4];  // a strip that is not there is what was there before, and nobody wants its sums
     const auto load_strips = [&](unsigned(&into)[WARP_STRIPS][4], int half) {
 #pragma unroll
       for (int s = 0; s < WARP_STRIPS; s++) {
-        ldmatrix_x4(into[s], strips[first_strip() + s].piece(half / 2, lane % 8, half % 2 * 4 + lane / 8));
+        const auto& strip = shared.weights[place].strips[first_strip() + s];
+        ldmatrix_x4(into[s], strip.piece(half / 2, lane % 8, half % 2 * 4 + lane / 8));
       }
     };
-    load_strips(b[0], 0);
+    load_strips(words[0], 0);
 #pragma unroll
-    for (int half = 0; half < 2 * BLOCKS; half++) {
-      unsigned(&a)[4][4] = tokens[half / 2 % KEPT];
-      if (KEPT < BLOCKS && half % 2 == 0) load_tokens(a, x, half / 2);
-      if (half + 1 < 2 * BLOCKS) load_strips(b[(half + 1) % 2], half + 1);
+    for (int half = 0; half < HALVES; half++) {
+      if (half + 1 < HALVES) load_strips(words[(half + 1) % 2], half + 1);
+      unsigned scales[WARP_STRIPS] = {};
+#if WEIGHT_BITS == 4
 #pragma unroll
-      for (int step = 0; step < 2; step++) {
+      for (int s = 0; s < WARP_STRIPS; s++) scales[s] = shared.scales[place].at[first_strip() + s][half][lane / 4];
+#endif
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        const int of_slice = half * STEPS + step;
+        unsigned(&a)[4][4] = tokens[of_slice / 4 % KEPT];
+        if (KEPT == 1 && of_slice % 4 == 0) load_tokens(a, x, of_slice / 4);
 #pragma unroll
         for (int s = 0; s < WARP_STRIPS; s++) {
-          const unsigned(&strip)[4] = b[half % 2][s];
-          mma_of_scalars(sum[stage][s][step % CHAINS], a[half % 2 * 2 + step], strip[2 * step], strip[2 * step + 1]);
+          unsigned b[2];
+          fragment(b, words[half % 2][s], step, GroupScale(scales[s]));
+          mma_of_scalars(sum[stage][s][step % CHAINS], a[of_slice % 4], b[0], b[1]);
         }
       }
     }

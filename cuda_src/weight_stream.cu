@@ -22,7 +22,8 @@
 // Norms: a product that adds to the residual writes it, it times the gain of the norm that comes next, and sums of squares. The
 // next product takes the second and multiplies its result by 1 / rms, which is known only once all rows have been written.
 //
-// Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; STAGES, X_STAGES; KV_FP8 where pools hold such codes.
+// Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4 for weights that are
+// such codes; STAGES, X_STAGES; KV_FP8 where pools hold such codes.
 #include "stream_finish.cuh"
 
 __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shared) {
@@ -38,10 +39,17 @@ __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shar
     under_way++;
     mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);
     unsigned long long* full = &shared.weights_full[turn.stage];
-    mbarrier_arrive_expect_tx(full, count * sizeof(Slice<STRIP>));
+    const int groups = min(GROUPS, product.inner / GROUP - slice * GROUPS);
+    const unsigned of_scales = WEIGHT_BITS == 4 ? groups * STRIP * sizeof(unsigned) : 0;
+    mbarrier_arrive_expect_tx(full, count * (sizeof(Stage) / STAGE_STRIPS + of_scales));
     for (int i = 0; i < count; i++) {
       const int row = row_of_strip(product, chain.append, first_strip + i);
-      tensor_copy_3d_hint(&shared.weights[turn.stage][i], &product.weights, 0, row, slice * BLOCKS, full, once);
+      tensor_copy_3d_hint(&shared.weights[turn.stage].strips[i], &product.weights, 0, row, slice * WEIGHT_BLOCKS, full, once);
+#if WEIGHT_BITS == 4
+      const unsigned* scales = static_cast<const unsigned*>(product.scales);
+      scales += (static_cast<long long>(row) / STRIP * (product.inner / GROUP) + slice * GROUPS) * STRIP;
+      bulk_copy(&shared.scales[turn.stage].at[i], scales, of_scales, full);
+#endif
     }
     turn.advance();
   };
@@ -65,8 +73,8 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
       for_each_slice(product, [&](int slice) {
         mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
         unsigned long long* full = &shared.x_full[turn.stage];
-        mbarrier_arrive_expect_tx(full, sizeof(Slice<TOKENS>));
-        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * BLOCKS, full);
+        mbarrier_arrive_expect_tx(full, sizeof(XSlice));
+        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * X_BLOCKS, full);
         turn.advance();
       });
     });
@@ -131,13 +139,13 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
       Sums sums;
       for (int left = num_slices(product); left > 0; left--) {
         mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);
-        Slice<TOKENS>& x = shared.x[x_turn.stage];
+        XSlice& x = shared.x[x_turn.stage];
         sums.take(x);
 #pragma unroll
         for (int stage = 0; stage < TILE_STAGES; stage++) {
           if (stage * STAGE_STRIPS >= count) continue;
           mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);
-          sums.add(stage, shared.weights[turn.stage], count - stage * STAGE_STRIPS, x);
+          sums.add(stage, shared, turn.stage, count - stage * STAGE_STRIPS, x);
           release(&shared.weights_empty[turn.stage]);
           turn.advance();
         }
@@ -171,6 +179,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
     for (int i = 0; i < MOST_PRODUCTS; i++) mbarrier_init(&shared.factors_full[i], 1);
     fence_mbarrier_init();
   }
+#if WEIGHT_BITS == 4
+  // Behind the end of a matrix codes are 0 and so is x, and scales are what was there before: no NaN.
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.scales) / 16); i += THREADS) {
+    reinterpret_cast<uint4*>(shared.scales)[i] = {};
+  }
+  fence_proxy_async_shared();
+#endif
   __syncthreads();
   if (warp == CONSUMER_WARPS) {
     if (threadIdx.x % 32 == 0) produce_weights(chain, shared);  // nobody's output: no need to wait for the kernel before

@@ -24,7 +24,8 @@ SAMPLING = {  # option -> (type, what it does); an option that is not given foll
 _JSON_KEYS = """\
 --json writes one object: text, token_ids (generated), prompt_tokens (how many), finish_reason ("stop": the model ended or
 a --stop string came, "length": --max-tokens or the context was reached), seed (null where nothing was drawn), model,
-device, dtype, kv_cache_dtype, quantization (null: none), and stats: load_s,
+device, dtype, kv_cache_dtype, quantization (null: none), and stats: load_s (in all), weights_bytes, weights_s and
+weights_gb_s (of the files),
 time_to_first_token_s, prefill_tok_s, decode_tok_s (null where nothing was measured), cached_tokens, generated_tokens,
 kv_blocks, kv_blocks_peak, kv_block_size, kv_bytes."""
 
@@ -110,7 +111,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
         "--stream", action=argparse.BooleanOptionalAction, help="print text as it comes (the default on a terminal)"
     )
     form.add_argument("--json", action="store_true", help="one JSON object instead of the text; keys below")
-    group.add_argument("--stats", action="store_true", help="times and pool use, on stderr")
+    group.add_argument("--stats", action="store_true", help="times, GB/s of loading, and pool use, on stderr")
 
     sub = command("chat", "Talk with a model in the terminal; /help there lists what can be typed.")
     sub.add_argument("--system", metavar="TEXT", help="system message (default: the chat template's own, if any)")
@@ -218,6 +219,18 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 2048 on a GPU)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences of a step (default: the largest concurrency, of a rate 256)")
 
+    sub = command(
+        "bench load", "A sharded checkpoint from the page cache to the device; it is written to $TMPDIR first, and removed."
+    )
+    _add_result_options(sub)
+    sub.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions, of which the median counts (default: 5)")
+    sub.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="config.json or model whose geometry is written, in random bfloat16 (default: Llama 2 7B, 13.5 GB)",
+    )
+    _add_device_options(sub)
+
     sub = command("bench plot", "Draw result files, without measuring; prints the path of each picture.")
     sub.add_argument(
         "results",
@@ -228,17 +241,18 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     return parser
 
 
-def _add_result_options(parser: argparse.ArgumentParser, picture: str) -> None:
+def _add_result_options(parser: argparse.ArgumentParser, picture: str | None = None) -> None:
     parser.add_argument(
         "--output", metavar="PATH", help="write the figures as JSON: a file, or a folder where it gets its usual name"
     )
-    parser.add_argument(
-        "--plot",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help=f"draw {picture}, in FOLDER (default: that of --output, or the current one); needs matplotlib",
-    )
+    if picture is not None:
+        parser.add_argument(
+            "--plot",
+            nargs="?",
+            const="",
+            metavar="FOLDER",
+            help=f"draw {picture}, in FOLDER (default: that of --output, or the current one); needs matplotlib",
+        )
 
 
 def _add_load_format(parser: argparse.ArgumentParser) -> None:
@@ -261,10 +275,7 @@ def _add_model_options(
         default=DEFAULT_MODEL,
         help=f"known name, Hugging Face folder, or ORG/NAME on the hub (default: {DEFAULT_MODEL})",
     )
-    group.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
-    )
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
+    _add_device_options(group)
     group.add_argument(
         "--kv-cache-dtype",
         default="auto",
@@ -285,6 +296,13 @@ def _add_model_options(
         group.add_argument(
             "--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)"
         )
+
+
+def _add_device_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="default: a GPU if there is one that works"
+    )
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto, float32 (CPU), bfloat16 or float16 (GPU)")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:

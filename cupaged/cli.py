@@ -229,6 +229,7 @@ _COMMANDS = {
     "info": _info,
     "bench generate": _bench("generate"),
     "bench serving": _bench("serving"),
+    "bench load": _bench("load"),
     "bench plot": _bench("plot"),
 }
 
@@ -330,6 +331,9 @@ def _as_json(llm: LLM, output: RequestOutput, seed: int | None = None) -> dict[s
         "quantization": llm.quantization,
         "stats": {
             "load_s": llm.load_seconds,
+            "weights_bytes": llm.load_stats.num_bytes,
+            "weights_s": llm.load_stats.seconds,
+            "weights_gb_s": llm.load_stats.gb_s,
             "time_to_first_token_s": _finite(metrics.time_to_first_token),
             "prefill_tok_s": _finite(metrics.prefill_tok_s),
             "decode_tok_s": _finite(metrics.decode_tok_s),
@@ -360,6 +364,11 @@ def _stats_table(llm: LLM, output: RequestOutput) -> str:
     rows = [
         ("model", llm.path.name, f"{llm.precision} on {llm.device}"),
         ("load", f"{stats['load_s']:.2f} s", ""),
+        (
+            "weights",
+            f"{stats['weights_gb_s']:.1f} GB/s",
+            f"{format_bytes(stats['weights_bytes'])} in {stats['weights_s']:.2f} s",
+        ),
         ("first token", "-" if first is None else f"{first:.2f} s", "after the prompt was given"),
         ("prefill", speed(stats["prefill_tok_s"]), f"{output.metrics.num_prompt_tokens} prompt tokens"),
         ("decode", speed(stats["decode_tok_s"]), f"{stats['generated_tokens']} tokens"),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cupaged.checkpoint.config import ModelConfig, load_config, load_generation_config
 from cupaged.checkpoint.fetch import resolve
+from cupaged.checkpoint.loading import Loading
 from cupaged.checkpoint.tokenizer import Tokenizer
 from cupaged.checkpoint.weights import expected_tensors, open_weights
 from cupaged.engine.beam_search import BeamSearchParams, beam_search
@@ -84,6 +85,10 @@ class LLM:
         seed: of the draws of requests that bring no seed.
         threads: of the CPU's matrix products; default: all cores.
 
+    Attributes:
+        load_seconds: that all of it took, from checking arguments to the last compiled kernel.
+        load_stats: how many bytes of weights were loaded in how many seconds of these; None for random weights.
+
     Raises:
         InvalidArgument, CheckpointError, FetchError, DeviceError, OutOfMemory: each one line of cause and remedy.
     """
@@ -144,7 +149,7 @@ class LLM:
         self._abandoned: deque[RequestOutput] = deque()  # of streams that nobody holds any more
         if threads is not None:
             threadpoolctl.threadpool_limits(threads, "blas")
-        ops, device_index = _select_device(device)
+        ops, device_index = select_device(device)
         self.device = "cpu" if device_index is None else f"cuda:{device_index}"
         self._device = ops.device(device_index or 0)
 
@@ -157,8 +162,9 @@ class LLM:
             self.tokenizer = Tokenizer.without_text()
         else:
             self.tokenizer = Tokenizer.from_folder(self.path if tokenizer is None else resolve(str(tokenizer)))
-        weights = None if load_format == "dummy" else open_weights(self.path, self.config)
-        self.dtype = choose_dtype(dtype, weights.dtype if weights else self.config.dtype or "float32", ops)
+        stored = None if load_format == "dummy" else open_weights(self.path, self.config)
+        loading = Loading(stored) if stored else None
+        self.dtype = choose_dtype(dtype, stored.dtype if stored else self.config.dtype or "float32", ops)
         self.kv_cache_dtype = choose_kv_dtype(kv_cache_dtype, self.dtype, ops)
         self.quantization = quantization
         longest = max_model_len or self.config.max_position_embeddings
@@ -175,7 +181,7 @@ class LLM:
             graphs = decoder.variants(self.config, *types, quantization) if decoder else []
             also = [*graphs, *ops.variants_of_weights(kinds(quantization), self.dtype)]
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
-                weights = weights or _random_weights(self.config, ops, self.dtype)
+                weights = loading or _random_weights(self.config, ops, self.dtype)
                 llama = Llama(self.config, weights, ops, self.dtype, longest, quantization)
             reserved = activation_bytes(self.config, step_tokens, max_num_seqs, max_draft)
             reserved += unquantised_bytes(self.config, self.dtype, quantization)  # free now, but in pieces; and for products
@@ -218,6 +224,7 @@ class LLM:
             max_draft=max_draft,
         )
         self.load_seconds = time.perf_counter() - started
+        self.load_stats = loading.stats if loading else None
         logger.info("loaded %s on %s in %s in %.2f s", self.path.name, self.device, self.precision, self.load_seconds)
 
     @property
@@ -516,7 +523,7 @@ def _random_weights(config: ModelConfig, ops: ModuleType, dtype: str) -> Iterato
         yield name, ops.repeat(np.ones(1 << 10, np.float32) if "norm" in name else noise, shape, dtype)
 
 
-def _select_device(device: str) -> tuple[ModuleType, int | None]:
+def select_device(device: str) -> tuple[ModuleType, int | None]:
     """The operations to run on, and the index of the GPU (None: the CPU)."""
     match = re.fullmatch(r"(auto|cpu|cuda)|cuda:(\d{1,4})", str(device))
     if match is None:

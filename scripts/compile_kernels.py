@@ -83,7 +83,7 @@ def shared_bytes(name: str, defines: dict[str, int]) -> int:
     if name == persistent.NAME:
         kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
         return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
-    return products.shared_bytes(defines["TOKENS"]) if name == products.NAME else ops.shared_bytes(name)
+    return products.shared_bytes(defines) if name == products.NAME else ops.shared_bytes(name)
 
 
 def key(source: str, defines: dict[str, int]) -> tuple:
@@ -96,7 +96,8 @@ def main() -> int:
     every = parser.parse_args().all
     variants = {key(source, defines): ARCHITECTURES for source, _, defines in ops.variants() + persistent.variants()}
     for dtype in ops.DTYPES:
-        streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype)]
+        kinds = (None, *KINDS)
+        streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype, kinds)]
         variants |= {key(source, defines): ("90a",) for source, _, defines in streams}
     variants[key(*PLAN)] = ARCHITECTURES
     variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}

@@ -20,6 +20,7 @@ import numpy as np
 
 from cupaged import attention as paged
 from cupaged.ops import numpy as reference_ops
+from cupaged.ops import staging
 
 SEED = int(os.environ.get("CUPAGED_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
 DTYPES = {name: np.dtype(name) for name in ("bfloat16", "float16", "float32")}
@@ -176,7 +177,7 @@ def linear_add(rows: int, inner: int, outer: int, bias: bool = False) -> Case:
 def check_write(ops, monkeypatch) -> None:
     """`write` into arrays and into parts of them with gaps, in slices, leaves the rest as it was."""
     rng = np.random.default_rng([SEED, 3])
-    monkeypatch.setattr(ops, "_SLICE_BYTES", 3000, raising=False)
+    monkeypatch.setattr(staging, "SLICE_BYTES", 3000)
     for shape, place in (
         ((5,), slice(None)),
         ((40, 64), slice(7, 31)),

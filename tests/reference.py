@@ -10,10 +10,24 @@ import pytest
 import tiny_models
 
 from cupaged.checkpoint import fetch
+from cupaged.checkpoint.config import load_config
+from cupaged.checkpoint.weights import open_weights
+from cupaged.model.parameters import load
+from cupaged.ops import numpy as numpy_ops
 
 _FOLDER = Path(__file__).parent / "goldens"
 _MODEL = "smollm2-135m-instruct"
 SMOLLM2 = json.loads((_FOLDER / "smollm2.json").read_text(encoding="utf-8"))
+
+
+def assert_loaded_exactly(ops, folder: Path, dtype: str) -> None:
+    """Every array of the model in `folder`, once it is on the device of `ops`, has the bits that it has on the CPU."""
+    config = load_config(folder)
+    found, expected = (load(config, open_weights(folder, config), o, dtype) for o in (ops, numpy_ops))
+    for ours, theirs in zip([found, *found.layers], [expected, *expected.layers], strict=True):
+        for name, array in vars(theirs).items():
+            if name != "layers" and array is not None:
+                assert ops.download(getattr(ours, name)).tobytes() == array.tobytes(), name
 
 
 def tiny_logits_distance(llm, name: str) -> float:

@@ -118,7 +118,8 @@ def test_json_is_one_object_with_the_documented_keys(run, base):
         "quantization",
         "stats",
     ]
-    stats = ["load_s", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "cached_tokens", "generated_tokens"]
+    stats = ["load_s", "weights_bytes", "weights_s", "weights_gb_s"]
+    stats += ["time_to_first_token_s", "prefill_tok_s", "decode_tok_s", "cached_tokens", "generated_tokens"]
     assert (code, err, out.count("\n"), list(answer)) == (0, "", 1, keys)
     assert list(answer["stats"]) == [*stats, "kv_blocks", "kv_blocks_peak", "kv_block_size", "kv_bytes"]
     assert answer["text"] == expected(base, "Hello", 1)
@@ -132,9 +133,10 @@ def test_stats_and_messages_go_to_stderr(run, base):
     words = ("generate", "--model", base, "--device", "cpu", "--prompt", "Hello", "--max-tokens", 8)
     code, out, err = run(*words, "--stats", "-v")
     assert (code, out) == (0, expected(base, "Hello") + "\n")
-    assert [line.split("  ")[0] for line in err.splitlines()[-6:]] == [
+    assert [line.split("  ")[0] for line in err.splitlines()[-7:]] == [
         "model",
         "load",
+        "weights",
         "first token",
         "prefill",
         "decode",

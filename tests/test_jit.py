@@ -181,6 +181,6 @@ def test_auto_hints_at_the_extra_only_where_there_is_a_driver(monkeypatch, caplo
     monkeypatch.setattr(jit, "has_driver", lambda: driver)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    ops, index = llm._select_device("auto")
+    ops, index = llm.select_device("auto")
     assert (ops.__name__, index) == ("cupaged.ops.numpy", None)
     assert (".[cuda12]" in caplog.text) == hint

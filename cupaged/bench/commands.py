@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from cupaged.bench.decode import bench_decode
 from cupaged.bench.generate import bench_generate
+from cupaged.bench.load import bench_load
 from cupaged.bench.plots import check, draw, read_result
 from cupaged.bench.results import format_row, save, usual_name
 from cupaged.bench.serving import HEADER, Lengths, bench_policy, bench_serving
@@ -99,6 +101,20 @@ def serving(args: argparse.Namespace, write: Write) -> None:
     _keep(args, result, "serving")
 
 
+def load(args: argparse.Namespace, write: Write) -> None:
+    """`bench load`: a checkpoint from the page cache to the device."""
+    _check_outputs(args)
+    model = args.model
+    if model is None:
+        model = str(Path(__file__).resolve().parents[2] / "scripts" / "configs" / "llama-2-7b.json")
+        if not os.path.isfile(model):
+            raise InvalidArgument("the geometry of Llama 2 7B is in no checkout here; give a config.json as --model")
+    result = bench_load(
+        model, device=args.device, dtype=args.dtype, runs=args.runs, report=lambda row: write(format_row(row) + "\n")
+    )
+    _keep(args, result, "load")
+
+
 def plot(args: argparse.Namespace, write: Write) -> None:
     """`bench plot`: pictures of result files."""
     for path, result in [(path, read_result(path)) for path in args.results]:  # all are read before one is drawn
@@ -109,7 +125,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """What could not be written after minutes of measuring is refused now."""
     if args.output is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
         raise InvalidArgument(f"--output is {args.output}, in no folder that exists; create it first")
-    if args.plot is not None:
+    if getattr(args, "plot", None) is not None:
         check(_plot_folder(args))
 
 
@@ -123,6 +139,6 @@ def _keep(args: argparse.Namespace, result: dict, what: str) -> None:
     """Write what a bench found to where --output and --plot say."""
     if args.output is not None:
         print(f"cupaged: wrote {save(result, args.output, what)}", file=sys.stderr)
-    if args.plot is not None:
+    if getattr(args, "plot", None) is not None:
         picture = draw(result, os.path.join(_plot_folder(args), usual_name(result, what)))
         print(f"cupaged: wrote {picture}", file=sys.stderr)

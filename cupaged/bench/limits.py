@@ -118,6 +118,22 @@ def product_limit(llm: LLM, threads: int | None = None) -> float:
         return 2 * n**3 / _best_seconds(lambda: ops.download(ops.embedding(row, ops.linear(a, a))))
 
 
+def host_copy_limit(device: str) -> float:
+    """Bytes a second that copies to the device reach from memory of the host: pinned for a GPU, of one thread on the CPU."""
+    if device == "cpu":
+        source = np.ones(2**29, np.uint8)
+        target = np.ones_like(source)
+        return source.nbytes / _best_seconds(lambda: np.copyto(target, source))
+    from cupaged.cuda import jit
+    from cupaged.ops import cuda
+
+    cupy = jit.import_cupy()
+    runtime, stream = cupy.cuda.runtime, cupy.cuda.get_current_stream()
+    source, target = cuda.pinned((2**28,), "uint8"), cuda.empty((2**28,), "uint8")
+    copy = target.data.ptr, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr
+    return source.nbytes / gpu_seconds(lambda: runtime.memcpyAsync(*copy))
+
+
 def _best_seconds(action: Callable[[], object], repeats: int = 5) -> float:
     times = []
     for _ in range(repeats + 1):  # the first one warms up, and the best is never the first touch of the memory

@@ -15,6 +15,7 @@ def format_row(row: dict) -> str:
     whole = "step" if " decode step " in row["case"] else "limit"
     share = f"{row['share']:7.1%} of the {whole}" if "share" in row else ""
     speed = f"   {row['tok_s']:.1f} tok/s" if "tok_s" in row and unit != "tok_s" else ""
+    speed += f"   {row['gb_s']:.1f} GB/s" if "gb_s" in row else ""
     return f"{row['case']:66} {row[unit]:10.2f} {text:6}{share}{speed}".rstrip()
 
 

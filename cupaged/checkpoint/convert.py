@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.checkpoint.gguf import GGUFTensor, read_gguf
+from cupaged.checkpoint.weights import DTYPES
 from cupaged.errors import CheckpointError
 
 _GLOBAL_NAMES = {
@@ -63,7 +64,7 @@ def convert_gguf(gguf: str | Path, folder: str | Path, progress: Callable[[int],
             yield _unpermute(weights, heads[projection]) if projection in heads else weights
             progress(weights.nbytes)
 
-    _write_safetensors(folder / "model.safetensors", {names[name]: tensor.shape for name, tensor in tensors.items()}, arrays())
+    write_safetensors(folder / "model.safetensors", {names[name]: tensor.shape for name, tensor in tensors.items()}, arrays())
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config)
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
@@ -160,24 +161,28 @@ def _unpermute(weights: np.ndarray, num_heads: int) -> np.ndarray:
     return weights.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(weights.shape)
 
 
-def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> None:
-    """Write float32 `arrays`, one at a time and in the order of `shapes`, and see them onto the disk.
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray], dtype: str = "F32", *, sync: bool = True
+) -> None:
+    """Write `arrays` of `dtype`, whole or in pieces, in the order of `shapes`, and with `sync` see them onto the disk.
 
     (`safetensors.numpy.save_file` wants all of them in memory at once.)
     """
+    stored = DTYPES[dtype].newbyteorder("<")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        begin, end = end, end + stored.itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that tensors begin on a cache line
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            file.write(np.ascontiguousarray(array, "<f4").data)
+            file.write(np.ascontiguousarray(array, stored).view(np.uint8).data)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

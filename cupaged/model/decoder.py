@@ -16,9 +16,9 @@ from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.model.llama import Batch, Llama
+from cupaged.model.parameters import kinds
 from cupaged.model.sampling import DRAWS
 from cupaged.ops import captured, chain, cuda, products
-from cupaged.ops.quantized import QuantizedMatrix
 
 Array = Any  # cupy.ndarray
 
@@ -29,12 +29,12 @@ _INPUTS = [(name, DRAWS[name]) for name in sorted(DRAWS.names, key=lambda name: 
 _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 
-def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None = None) -> list[jit.Variant]:
+def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None) -> list[jit.Variant]:
     """The kernels of a Decoder, beside those of `ops.cuda`."""
     step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
     found = [(attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
-    if quantization is None and products.takes(config):
-        found += chain.variants(dtype, kv_dtype)
+    if products.takes(config, quantization):
+        found += chain.variants(dtype, kv_dtype, kinds(quantization))
     if config.num_heads > config.num_kv_heads * DECODE_ROWS:  # decodes have tiles of prefill class
         found += attention.kernel.variants_of_device(dtype, config.head_dim, kv_dtype, batch_invariant=True)
     return found
@@ -64,9 +64,9 @@ class Decoder:
     """The logits of a model for steps of one token a sequence, and draws from them, on one GPU.
 
     A graph is captured when a step of its size first comes; a step with fewer sequences has rows that belong to none. Where
-    `products.takes` the model and its weights are not quantised, up to products.MOST_ROWS sequences are computed by a `Chain`;
-    else the operations of `ops.cuda` are captured one by one. The pools are those of every step. Everything is queued on the
-    current stream, which must be the same for all steps.
+    `products.takes` the model, up to products.MOST_ROWS sequences are computed by a `Chain`; else the operations of `ops.cuda`
+    are captured one by one. The pools are those of every step. Everything is queued on the current stream, which must be the
+    same for all steps.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class Decoder:
     ) -> None:
         self._model, self._pools = model, (k_pool, v_pool, kv_scales)
         self._max_model_len, self._max_num_seqs = max_model_len, min(max_num_seqs, attention.device_plan.MOST_SEQUENCES)
-        chains = not isinstance(model.params.head, QuantizedMatrix) and products.takes(model.config)
-        self._most_chained = products.MOST_ROWS if chains else 0
+        self._most_chained = products.MOST_ROWS if products.takes(model.config, model.quantization) else 0
         self._sizes = _sizes(self._max_num_seqs)
         self._graphs: dict[int, _Graph] = {}
         self._capture = _Capture()

@@ -121,12 +121,12 @@ def _put(
 # ---- what is quantised, and how many bytes that is
 
 
-def kinds(quantization: str | None) -> set[str]:
-    """The kinds of `ops.quantized` that the matrices of a model become."""
-    return set() if quantization is None else {_kind_of(field, quantization) for field in ("qkv", "head")}
+def kinds(quantization: str | None) -> set[str | None]:
+    """The kinds of `ops.quantized` that the matrices of a model become; None: they stay as they are."""
+    return {_kind_of(field, quantization) for field in ("qkv", "head")}
 
 
-def _kind_of(field: str, quantization: str) -> str:
+def _kind_of(field: str, quantization: str | None) -> str | None:
     return _HEAD.get(quantization, quantization) if field == "head" else quantization
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,16 @@ import numpy as np
 from cupaged import attention
 from cupaged.cuda import jit
 from cupaged.ops import cuda, products
+from cupaged.ops.quantized import QuantizedMatrix
 
 Array = Any  # cupy.ndarray
 
 START_SOURCE, START_NAME = "stream_start.cu", "stream_start"
 
 
-def variants(dtype: str, kv_dtype: str) -> list[jit.Variant]:
-    """The kernels that a `Chain` can ask for beside those of `ops.cuda`, where pools hold arrays of kv_dtype."""
-    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *products.variants(dtype, kv_dtype)]
+def variants(dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,)) -> list[jit.Variant]:
+    """The kernels that a `Chain` can ask for beside those of `ops.cuda`, with weights of these kinds, pools of kv_dtype."""
+    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *products.variants(dtype, kv_dtype, kinds)]
 
 
 class Chain:
@@ -47,6 +48,7 @@ class Chain:
         self._done = self._array("done", (max_products,), "uint32")
         self.room = products.Room(self.rows)
         self._recorded: list[dict] = []
+        self._kind: str | None = None  # of their weights
         self._append: dict = {}  # what of a step the products that append to the pool must know
         self._num_products = 0
         self._start: dict | None = None  # an embedding that does not know its gain yet
@@ -70,19 +72,27 @@ class Chain:
         return residual
 
     def norm_linear(
-        self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None, dtype: str | None = None
+        self,
+        x: Array,
+        gain: Array,
+        eps: float,
+        weight: Array | QuantizedMatrix,
+        bias: Array | None = None,
+        dtype: str | None = None,
     ) -> Array:
         out = self._rows(dtype or "product", weight.shape[:1], dtype or self.dtype)
         self._record_norm(x, gain)
         finish = products.STORE if dtype is None else products.STORE_FLOAT
         return self._record(finish, "normed", weight, bias, out, eps=eps)
 
-    def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Array, bias: Array | None = None) -> Array:
+    def norm_swiglu(
+        self, x: Array, gain: Array, eps: float, weight: Array | QuantizedMatrix, bias: Array | None = None
+    ) -> Array:
         out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
         self._record_norm(x, gain)
         return self._record(products.SWIGLU, "normed", weight, bias, out, eps=eps)
 
-    def linear_add(self, x: Array, weight: Array, residual: Array, bias: Array | None = None) -> Array:
+    def linear_add(self, x: Array, weight: Array | QuantizedMatrix, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
         squares = self._array("squares", (self.room.num_parts(weight), self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
@@ -127,22 +137,30 @@ class Chain:
         """Launch the products asked for since the last time."""
         if not self._recorded:
             return
-        self.room.launch(self._recorded, self.num_tokens, self.dtype, self.kv_dtype, self._append)
+        self.room.launch(self._recorded, self.num_tokens, self.dtype, self.kv_dtype, self._kind, self._append)
         self._recorded = []
 
     # ---- what they record
 
     def _record(
-        self, finish: int, x: str, weight: Array, bias: Array | None, out: Array, eps: float = 0.0, **values: int
+        self,
+        finish: int,
+        x: str,
+        weight: Array | QuantizedMatrix,
+        bias: Array | None,
+        out: Array,
+        eps: float = 0.0,
+        **values: int,
     ) -> Array:
         if x == "normed":
             squares = self._arrays["start_squares" if self._from_start else "squares"]
             values |= {"x_squares": squares.data.ptr, "x_parts": squares.shape[0]}
         values |= {"bias": 0 if bias is None else bias.data.ptr, "eps": eps}
         source, done = self._arrays[x].data.ptr, self._done.data.ptr + 4 * self._num_products
-        self._recorded.append(
-            products.product(finish, source, self.rows, weight, out.data.ptr, done, self.rows, self.dtype, **values)
-        )
+        if self._recorded and self._kind != products.kind_of(weight):  # a launch has weights of one kind
+            self.flush()
+        self._kind = products.kind_of(weight)
+        self._recorded.append(products.product(finish, source, self.rows, weight, out.data.ptr, done, self.rows, **values))
         self._num_products += 1
         return out
 

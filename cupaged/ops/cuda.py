@@ -1,8 +1,8 @@
 """The operations of `ops.numpy`, same names and contracts, on the current CUDA device.
 
 Weights and activations are bfloat16 or float16, arithmetic is float32; logits and what sampling takes are float32. The
-kernels are those of cuda_src; matrix products are cuBLAS's. Everything is queued on the current stream and only `download`
-waits for it. Arrays are CuPy's, C-contiguous.
+kernels are those of cuda_src; matrix products are cuBLAS's. Everything is queued on the current stream, and only `download`
+and what brings large host arrays (`upload`, `write`) wait for it. Arrays are CuPy's, C-contiguous.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cupaged import attention
 from cupaged.cuda import cublas as blas
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
+from cupaged.ops import staging
 from cupaged.ops.quantized import KINDS, QuantizedMatrix, group_of
 
 try:
@@ -35,9 +36,8 @@ DTYPE_DEFINES = {"bfloat16": {"DTYPE_BF16": 1}, "float16": {"DTYPE_F16": 1}}
 _CODE_DEFINES = {"uint8": {"KV_FP8": 1}, "int8": {"KV_INT8": 1}}  # by the dtype of a pool that holds codes
 _QK_NORM = {"QK_NORM": 1}
 _WEIGHT_DEFINES = {kind: {f"WEIGHT_{kind.upper()}": 1} for kind in KINDS}  # of `quantize` and `dequantize`
-_SCALE_TILE = 128  # rows of a matrix of int4 whose scales lie together
+_SCALE_ROWS = 128  # the rows of a matrix of int4 are as many as a multiple of it where its scales are, 8 of them side by side
 _SCRATCH_BYTES = 64 << 20  # of a quantised matrix that are dequantised at once
-_SLICE_BYTES = 16 << 20  # of an upload that are converted at once
 _MAX_GRID = 2**31 - 1
 _SOURCES = {
     "embedding": "embedding.cu",
@@ -77,9 +77,9 @@ def variants() -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
-def variants_of_weights(kinds: Iterable[str], dtype: str) -> list[jit.Variant]:
+def variants_of_weights(kinds: Iterable[str | None], dtype: str) -> list[jit.Variant]:
     """The kernels for matrices of kinds that `quantize` knows, beside activations of a type: for `compiling`."""
-    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds]
+    defines = [{**DTYPE_DEFINES[dtype], **_WEIGHT_DEFINES[kind]} for kind in kinds if kind is not None]
     return [(_SOURCES[name], name, each) for each in defines for name in ("quantize", "dequantize")]
 
 
@@ -178,20 +178,17 @@ def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def upload(array: np.ndarray, dtype: str | None = None) -> Array:
     """The host array as a device array, converted to `dtype` if one is given.
 
-    Conversion and staging take a slice of 16 MiB at a time, so that the host holds little beside the array itself.
+    A large one is there when this returns; `ops.staging` says how.
     """
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     if not isinstance(array, np.ndarray) and array.dtype == dtype:
         return array  # it is there
-    step = _SLICE_BYTES // dtype.itemsize
-    try:
-        if array.size <= step:
-            return cupy.asarray(np.ascontiguousarray(array, dtype))
-        out = cupy.empty(array.shape, dtype)
-        source, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)
-        for start in range(0, source.size, step):
-            target[start : start + step] = cupy.asarray(source[start : start + step].astype(dtype, copy=False))
+    if array.size * dtype.itemsize > staging.SLICE_BYTES:
+        out = empty(array.shape, dtype)
+        staging.copy(out, array)
         return out
+    try:
+        return cupy.asarray(np.ascontiguousarray(array, dtype))
     except MemoryError as error:
         raise _no_room(array.size * dtype.itemsize) from error
 
@@ -199,25 +196,19 @@ def upload(array: np.ndarray, dtype: str | None = None) -> Array:
 def write(target: Array, array: np.ndarray) -> None:
     """Put an array of the host, converted to the type there, or of the device and this type into a device array of its shape.
 
-    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them. Conversion
-    and staging take 16 MiB at a time, as for `upload`.
+    `target` may be a part of another array whose rows (everything behind the first axis) have gaps between them. An array of
+    the host is there when this returns.
     """
     if not array.size:
         return
-    runtime, row_bytes = cupy.cuda.runtime, target.nbytes // len(target)
-    step = max(1, _SLICE_BYTES // row_bytes)
-    for start in range(0, len(target), step):
-        source, into = array[start : start + step], target[start : start + step]
-        if isinstance(source, np.ndarray):
-            try:
-                source = cupy.asarray(np.ascontiguousarray(source, target.dtype))
-            except MemoryError as error:
-                raise _no_room(into.nbytes) from error
-        if into.flags.c_contiguous:
-            into[...] = source
-        else:  # CuPy would compile a kernel for this
-            where = into.data.ptr, into.strides[0], source.data.ptr, row_bytes, row_bytes, len(into)
-            runtime.memcpy2DAsync(*where, runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr)
+    if not isinstance(array, cupy.ndarray):
+        staging.copy(target, array)
+    elif target.flags.c_contiguous:
+        target[...] = array
+    else:  # CuPy would compile a kernel for this
+        runtime, row_bytes = cupy.cuda.runtime, target.nbytes // len(target)
+        where = target.data.ptr, target.strides[0], array.data.ptr, row_bytes, row_bytes, len(target)
+        runtime.memcpy2DAsync(*where, runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr)
 
 
 def repeat(pattern: np.ndarray, shape: tuple[int, ...], dtype: str) -> Array:
@@ -264,10 +255,10 @@ def quantize(matrix: Array, kind: str) -> QuantizedMatrix:
     rows, inner = matrix.shape
     group = group_of(kind, inner)
     if kind == "int4":
-        tiles = -(-rows // _SCALE_TILE)
+        tiles = -(-rows // _SCALE_ROWS)
         codes = empty((rows, inner // 2), "uint8")
-        scales = empty((tiles, inner // group, _SCALE_TILE, 2), "float16")
-        grid, threads = tiles * inner // 32, _SCALE_TILE
+        scales = empty((tiles * _SCALE_ROWS // 8, inner // group, 8, 2), "float16")
+        grid, threads = tiles * inner // 32, _SCALE_ROWS
     else:
         codes, scales = empty((rows, inner), "int8" if kind == "int8" else "uint8"), empty((rows,), "float16")
         grid, threads = rows, _threads(inner // 16, 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,18 @@ from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit, tensor_map
 from cupaged.cuda.launch import launch_dependent
 from cupaged.ops import cuda
+from cupaged.ops.quantized import QuantizedMatrix
 
 Array = Any  # cupy.ndarray
 
 SOURCE, NAME = "weight_stream.cu", "weight_stream"
-STRIP, SLICE = 8, 256  # rows of weights and part of the inner dimension that are multiplied at once
-_STAGE_BYTES, _TILE_STAGES = 4 * STRIP * SLICE * 2, 6
-STAGES = {8: (12, 6), 16: (12, 4), 32: (11, 3), 64: (8, 3)}  # of weights and of x, by the rows of x: as many as fit
+STRIP = 8  # rows of weights that a CTA takes at once
+_BITS = {None: 16, "int8": 8, "fp8": 8, "int4": 4}  # of a weight, by the kind of its matrix; None: not quantised
+_ROWS = (8, 16, 32, 64)  # of x, that there are kernels for
+_STAGE_STRIPS, _TILE_ROWS = 4, 192
+_MOST_SHARED = 227 << 10  # bytes, of an sm_90
 THREADS = 7 * 32
-MOST_ROWS = max(STAGES)
+MOST_ROWS = max(_ROWS)
 MOST_PRODUCTS = 4
 WAITED_IN_VAIN = (
     "a kernel waited in vain for another part of the step, and its results are wrong; try once more, and if it happens again "
@@ -29,9 +33,9 @@ STORE, STORE_FLOAT, SWIGLU, ADD, QKV = range(5)
 
 PRODUCT = np.dtype(
     [(name, tensor_map.DTYPE) for name in ("weights", "x")]
-    + [(name, "<u8") for name in ("out", "bias", "gain", "normed", "squares", "x_squares", "done")]
+    + [(name, "<u8") for name in ("out", "bias", "gain", "normed", "squares", "x_squares", "done", "scales")]
     + [(name, "<i4") for name in ("num_rows", "inner", "x_parts", "finish")]
-    + [("eps", "<f4"), ("reserved", "<u4", 13)]
+    + [("eps", "<f4"), ("reserved", "<u4", 11)]
 )
 OF_APPEND = ["rope_table", "k_pool", "v_pool", "kv_scales", "seq_lens", "page_indptr", "page_indices"]
 SIZES_OF_APPEND = ["num_heads", "num_kv_heads", "head_dim", "num_blocks", "block_shift"]
@@ -43,37 +47,57 @@ CHAIN = np.dtype(
 )
 
 
-def variants(dtype: str, kv_dtype: str) -> list[tuple[str, str, dict[str, int]]]:
-    """(source, kernel, defines) for every number of rows, where pools hold arrays of kv_dtype."""
-    return [(SOURCE, NAME, _defines(dtype, kv_dtype, rows)) for rows in STAGES]
+def variants(dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,)) -> list[tuple[str, str, dict[str, int]]]:
+    """(source, kernel, defines) for every number of rows and kind of weights, where pools hold arrays of kv_dtype."""
+    return [(SOURCE, NAME, _defines(dtype, kv_dtype, kind, rows)) for kind in kinds for rows in _ROWS]
 
 
-def _defines(dtype: str, kv_dtype: str, rows: int) -> dict[str, int]:
-    stages, x_stages = STAGES[rows]
-    codes = {"KV_FP8": 1} if kv_dtype == "uint8" else {}
-    return {**cuda.DTYPE_DEFINES[dtype], "TOKENS": rows, "STAGES": stages, "X_STAGES": x_stages, **codes}
+def _defines(dtype: str, kv_dtype: str, kind: str | None, rows: int) -> dict[str, int]:
+    stages, x_stages, _ = _layout(_BITS[kind], rows)
+    codes = {} if kind is None else {f"WEIGHT_{kind.upper()}": 1}
+    kv_codes = {"KV_FP8": 1} if kv_dtype == "uint8" else {}
+    return {**cuda.DTYPE_DEFINES[dtype], "TOKENS": rows, **codes, "STAGES": stages, "X_STAGES": x_stages, **kv_codes}
 
 
-def shared_bytes(rows: int) -> int:
+def shared_bytes(defines: dict[str, int]) -> int:
     """Dynamic shared memory of a CTA: the size of `struct Shared`."""
-    stages, x_stages = STAGES[rows]
-    slices = stages * _STAGE_BYTES + x_stages * rows * SLICE * 2
-    per_token, per_row = 4 * (MOST_PRODUCTS + 2), 2 * 2
-    rest = 16 * (stages + x_stages) + 8 * MOST_PRODUCTS + per_token * rows + per_row * _TILE_STAGES * 4 * STRIP
-    return slices + -(-rest // 1024) * 1024
+    bits = 4 if "WEIGHT_INT4" in defines else 8 if {"WEIGHT_INT8", "WEIGHT_FP8"} & set(defines) else 16
+    return _layout(bits, defines["TOKENS"])[2]
 
 
-def takes(config: ModelConfig) -> bool:
+def _slice(bits: int, rows: int) -> int:
+    """What of the inner dimension is in shared memory at once, as stream_products.cuh says."""
+    return 256 if rows > 16 or bits == 16 else 512 if rows > 8 or bits == 8 else 1024
+
+
+def _layout(bits: int, rows: int) -> tuple[int, int, int]:
+    """Stages of weights, as many as there is room for, and of x; bytes of shared memory."""
+    width = _slice(bits, rows)
+    x_slice, scales = 2 * rows * width, 4 * _STAGE_STRIPS * STRIP * (width // 128) if bits == 4 else 0
+    stage = _STAGE_STRIPS * STRIP * width * bits // 8 + scales
+    x_stages = min(max((32 << 10) // x_slice, 3), 6)
+    per_row = 2 * (2 + (bits == 8))
+    rest = x_stages * (x_slice + 16) + 8 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * _TILE_ROWS
+    stages = (_MOST_SHARED - rest) // (stage + 16)
+    return stages, x_stages, -(-(rest + stages * (stage + 16)) // 1024) * 1024
+
+
+def takes(config: ModelConfig, quantization: str | None = None) -> bool:
     """Whether a model's products can be computed by launches on the current device: one of sm_90, where they were measured."""
     device = jit.import_cupy().cuda.Device()
-    widths = (config.hidden_size, config.intermediate_size)
-    fits = all(width % 64 == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
+    block = 1024 // _BITS[quantization]  # weights that a box has of a row
+    widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    fits = all(width % block == 0 for width in widths) and config.num_heads // config.num_kv_heads <= DECODE_ROWS
     return fits and int(device.compute_capability) == 90
 
 
 def rows_for(num_tokens: int) -> int:
     """The rows of x, of those that there are kernels for, that so many tokens take."""
-    return next(rows for rows in STAGES if num_tokens <= rows)
+    return next(rows for rows in _ROWS if num_tokens <= rows)
+
+
+def kind_of(weight: Array | QuantizedMatrix) -> str | None:
+    return weight.kind if isinstance(weight, QuantizedMatrix) else None
 
 
 class Room:
@@ -91,8 +115,16 @@ class Room:
         """CTAs that have rows of a product that adds to the residual."""
         return min(self.num_ctas, -(-weight.shape[0] // STRIP))
 
-    def launch(self, products: list[dict], num_tokens: int, dtype: str, kv_dtype: str, append: dict | None = None) -> None:
-        """Queue up to four products, each as `product` makes them and its `done` count zero."""
+    def launch(
+        self,
+        products: list[dict],
+        num_tokens: int,
+        dtype: str,
+        kv_dtype: str,
+        kind: str | None = None,
+        append: dict | None = None,
+    ) -> None:
+        """Queue up to four products with weights of one kind, each as `product` makes them and its `done` count zero."""
         chain = np.zeros((), CHAIN)
         for target, values in zip(chain["products"], products, strict=False):
             for name, value in values.items():
@@ -101,20 +133,24 @@ class Room:
         for name, value in (append or {}).items():
             chain[name] = value
         chain["num_products"], chain["num_tokens"] = len(products), num_tokens
-        size = shared_bytes(self.rows)
-        kernel = jit.kernel(SOURCE, NAME, **_defines(dtype, kv_dtype, self.rows))
+        defines = _defines(dtype, kv_dtype, kind, self.rows)
+        size, kernel = shared_bytes(defines), jit.kernel(SOURCE, NAME, **defines)
         kernel.max_dynamic_shared_size_bytes = size
         launch_dependent(kernel, (self.num_ctas,), (THREADS,), (chain,), shared_mem=size)
 
 
 def product(
-    finish: int, x: int, x_rows: int, weight: Array, out: int, done: int, rows: int, dtype: str, **values: float
+    finish: int, x: int, x_rows: int, weight: Array | QuantizedMatrix, out: int, done: int, rows: int, **values: float
 ) -> dict:
-    """PRODUCT of x, x_rows rows of `dtype` at an address, and a weight, for a kernel of so many rows."""
+    """PRODUCT of x, x_rows rows of 16-bit scalars at an address, and a weight, for a kernel of so many rows."""
     num_rows, inner = weight.shape
+    kind = kind_of(weight)
+    bits = _BITS[kind]
+    width, codes = _slice(bits, rows), weight if kind is None else weight.codes
     return {
-        "weights": tensor_map.encode_slices(weight.data.ptr, num_rows, inner, STRIP, SLICE, dtype),
-        "x": tensor_map.encode_slices(x, x_rows, inner, rows, SLICE, dtype),
+        "weights": tensor_map.encode_slices(codes.data.ptr, num_rows, inner * bits // 8, STRIP, width * bits // 8),
+        "x": tensor_map.encode_slices(x, x_rows, 2 * inner, rows, 2 * width),
+        "scales": 0 if kind is None else weight.scales.data.ptr,
         "out": out,
         "num_rows": num_rows,
         "inner": inner,

@@ -153,6 +153,33 @@ inline unsigned mul_f16x2(unsigned a, unsigned b) {
 inline unsigned sub_f16x2(unsigned a, unsigned b) {
   return simt_f16x2([](double x, double y) { return x - y; }, a, b);
 }
+inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned sum = 0;
+  for (int i = 0; i < 32; i += 16) {  // both in turn
+    const double product = double(simt_half(a >> i & 0xffff)) * double(simt_half(b >> i & 0xffff));
+    sum |= (simt_f16x2([=](double, double z) { return product + z; }, 0, c >> i & 0xffff) & 0xffff) << i;
+  }
+  return sum;
+}
+template <class Operation>
+inline unsigned simt_bf16x2(Operation operation) {  // of a shift
+  unsigned pair = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float result = operation([=](unsigned x) { return double(__uint_as_float((x >> shift & 0xffff) << 16)); });
+    const unsigned bits = __float_as_uint(result);
+    pair |= (result != result ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16) << shift;
+  }
+  return pair;
+}
+inline unsigned mul_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) * at(b); });
+}
+inline unsigned sub_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) - at(b); });
+}
+inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+  return simt_bf16x2([=](auto at) { return at(a) * at(b) + at(c); });
+}
 
 inline float simt_e4m3(unsigned code) {  // 1 sign, 4 exponent and 3 mantissa bits; no infinities
   const int exponent = code >> 3 & 15, mantissa = code & 7;

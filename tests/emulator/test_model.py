@@ -96,7 +96,7 @@ def test_what_is_compiled_at_the_start_is_what_a_request_takes(
         jit, "kernel", lambda *names, **defines: (asked.append((*names, defines)), kernel(*names, **defines))[1]
     )
     monkeypatch.setattr(attention.kernel, "_takes_sm90", lambda *types: False)
-    monkeypatch.setattr(products, "takes", lambda config: False)
+    monkeypatch.setattr(products, "takes", lambda *of: False)
 
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
     config = load_config(folder)

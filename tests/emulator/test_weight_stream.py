@@ -7,18 +7,20 @@ import pytest
 from op_cases import SEED
 
 from cupaged.cuda import jit, tensor_map
-from cupaged.ops import chain, cuda, products
+from cupaged.ops import chain, cuda, products, quantized
+from cupaged.ops.quantized import QuantizedMatrix
 
 from . import emulator
 from .guarded_memory import GuardedMemory
 
 EPS = 1e-5
+MATRICES = {"qkv", "o", "gate_up", "down", "head"}
 
 
-def encode_slices(address, rows, columns, box_rows, box_columns, dtype):
+def encode_slices(address, rows, row_bytes, box_rows, box_bytes):
     """What tensor_map.encode_slices makes, of an array of the host."""
-    elements = np.ctypeslib.as_array((ctypes.c_uint16 * (rows * columns)).from_address(address))
-    return emulator.tensor_map(elements.reshape(rows, -1, 64).swapaxes(0, 1), (box_columns // 64, box_rows, 64))
+    elements = np.ctypeslib.as_array((ctypes.c_uint8 * (rows * row_bytes)).from_address(address))
+    return emulator.tensor_map(elements.reshape(rows, -1, 128).swapaxes(0, 1), (box_bytes // 128, box_rows, 128))
 
 
 @pytest.fixture
@@ -75,6 +77,16 @@ class Weights:
         ]
         self.norm = gain(hidden)
 
+    def quantise(self, kind, head_kind):
+        """Every matrix becomes codes; the reference is of what those stand for."""
+        self.exact = {}
+        for owner, kind_of_it in [*((layer, kind) for layer in self.layers), (vars(self), head_kind)]:
+            for name in MATRICES & set(owner):
+                matrix = owner[name]
+                owner[name] = cuda.quantize(matrix, kind_of_it)
+                exact = quantized.dequantize(quantized.quantize(np.asarray(matrix), kind_of_it), "float64")
+                self.exact[id(owner[name])] = exact
+
     def forward(self, ops, ids):
         """The float32 logits, by the operations of a Chain."""
         x = ops.embedding(ids, self.embed)
@@ -96,14 +108,17 @@ class Weights:
         def norm(x, gain):
             return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * gain.astype(np.float64)
 
+        def float64(weight):
+            return self.exact[id(weight)] if isinstance(weight, QuantizedMatrix) else weight.astype(np.float64)
+
         x = self.embed[ids].astype(np.float64)
         for layer in self.layers:
-            w = {name: array.astype(np.float64) for name, array in layer.items()}
+            w = {name: float64(array) for name, array in layer.items()}
             x = x + (norm(x, w["input_norm"]) @ w["qkv"].T + w["bias"])[:, : self.heads] @ w["o"].T
             both = (norm(x, w["post_norm"]) @ w["gate_up"].T + w["gate_up_bias"]).reshape(len(x), -1, 2, 8)
             gate, up = (both[:, :, i].reshape(len(x), -1) for i in range(2))
             x = x + gate / (1 + np.exp(-gate)) * up @ w["down"].T + w["down_bias"]
-        return norm(x, self.norm) @ self.head.astype(np.float64).T
+        return norm(x, self.norm) @ float64(self.head).T
 
 
 CASES = [  # tokens, hidden, heads, ffn, vocab, dtype, CTAs
@@ -135,16 +150,34 @@ def test_products(make, case):
         logits[...] = np.nan
 
 
+@pytest.mark.parametrize("num_tokens, dtype", [(1, "bfloat16"), (11, "float16"), (30, "float16"), (40, "bfloat16")])
+@pytest.mark.parametrize("kinds", [("int8", "int8"), ("fp8", "int8"), ("int4", "int4")], ids="-".join)
+def test_products_of_quantised_weights(make, kinds, num_tokens, dtype):
+    """Slices that are longer than a row's rest; a head of another kind, which is a launch of its own."""
+    rng = np.random.default_rng([SEED, 55, num_tokens])
+    ops = make(num_tokens, dtype, 3, max_products=9)
+    hidden = 384 if kinds[0] != "int4" else 1280 if num_tokens == 1 else 256
+    weights = Weights(rng, hidden, 256, 256, 143, dtype, make.memory.asarray)
+    weights.quantise(*kinds)
+    limit = {"bfloat16": 1e-2, "float16": 1.5e-3}[dtype] * (1.5 if kinds[0] == "int4" else 1)  # whose weights are rounded, too
+    for _ in range(2):
+        ids = make.memory.asarray(rng.integers(0, 143, num_tokens).astype(np.int32))
+        logits, want = weights.forward(ops, ids), weights.reference(ids)
+        assert np.linalg.norm(logits - want) < limit * np.linalg.norm(want)
+        logits[...] = np.nan
+
+
 def test_a_token_does_not_depend_on_the_others(make):
-    """The same bits in every company, and from every schedule."""
+    """The same bits in every company that takes the same kernel, and from every schedule."""
     rng = np.random.default_rng([SEED, 52])
     weights = Weights(rng, 192, 128, 320, 144, "bfloat16", make.memory.asarray)
     ids = rng.integers(0, 144, 64).astype(np.int32)
-    rows = set()
-    for first in (1, 2, 8, 13, 32, 64):
-        ops = make(first, "bfloat16", 5, max_products=9)
-        rows.add(np.array(weights.forward(ops, make.memory.asarray(ids[:first]))[0]).tobytes())
-    assert len(rows) == 1
+    rows = {}
+    for count in (1, 2, 8, 9, 13, 17, 32, 33, 64):
+        ops = make(count, "bfloat16", 5, max_products=9)
+        logits = weights.forward(ops, make.memory.asarray(ids[:count]))
+        rows.setdefault(ops.rows, set()).add(np.array(logits[0]).tobytes())
+    assert [len(bits) for bits in rows.values()] == [1, 1, 1, 1]
 
 
 def test_a_product_that_never_ends(make, monkeypatch):
@@ -170,7 +203,10 @@ def test_a_product_that_never_ends(make, monkeypatch):
 
 MUTATIONS = {
     "weights are not waited for": ("mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);", ""),
-    "x is not waited for": ("mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);", ""),
+    "x is not waited for": (
+        "mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);\n        XSlice",
+        "XSlice",
+    ),
     "weights are replaced in use": ("mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);", ""),
     "x is replaced in use": ("mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);", ""),
     "x is copied before it is made": (

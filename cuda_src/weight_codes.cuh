@@ -1,0 +1,83 @@
+// Weights as an mma's B operand takes them, 16 of the inner dimension by 8 rows: from scalars as they are, or from codes that lie as
+// quantize.cu puts them (WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4). Codes become scalars by their bits: no conversion has a rounding
+// but int4's last step. Scales of 8 bits are the rows', applied to the sums; those of 4 bits are applied here.
+#pragma once
+#include "dtypes.cuh"
+
+#if defined(WEIGHT_INT4)
+#define WEIGHT_BITS 4
+#elif defined(WEIGHT_INT8) || defined(WEIGHT_FP8)
+#define WEIGHT_BITS 8
+#else
+#define WEIGHT_BITS 16
+#endif
+constexpr int GROUP = 128;  // of the inner dimension, that share an int4 scale
+
+// Two scalars in a word.
+#if defined(DTYPE_BF16)
+constexpr unsigned ONES_PLACE = 0x43004300;  // 128, twice: a code or'ed to it is added to it
+__device__ __forceinline__ unsigned mul_scalars(unsigned a, unsigned b) { return mul_bf16x2(a, b); }
+__device__ __forceinline__ unsigned sub_scalars(unsigned a, unsigned b) { return sub_bf16x2(a, b); }
+__device__ __forceinline__ unsigned fma_scalars(unsigned a, unsigned b, unsigned c) { return fma_bf16x2(a, b, c); }
+#else
+constexpr unsigned ONES_PLACE = 0x64006400;  // 1024
+__device__ __forceinline__ unsigned sub_scalars(unsigned a, unsigned b) { return sub_f16x2(a, b); }
+__device__ __forceinline__ unsigned fma_scalars(unsigned a, unsigned b, unsigned c) { return fma_f16x2(a, b, c); }
+#endif
+
+// int4's scale of a row and a group, and what a code of 8 stands for: less than the zero, so that it rounds better. Each twice.
+struct GroupScale {
+  unsigned scale, middle;
+
+  __device__ __forceinline__ explicit GroupScale(unsigned both) {
+#if defined(DTYPE_BF16)
+    const float scale_of = cvt_f32_f16(both & 0xffff), zero_of = cvt_f32_f16(both >> 16);
+    scale = cvt_rn_bf16x2(scale_of, scale_of);
+    middle = cvt_rn_bf16x2(zero_of + 8 * scale_of, zero_of + 8 * scale_of);
+#else
+    scale = prmt(both, 0, 0x1010);
+    middle = fma_f16x2(scale, 0x48004800, prmt(both, 0, 0x3232));
+#endif
+  }
+};
+
+// Two int8 codes, in bytes 0 and 2 of a word whose other bytes do not matter.
+__device__ __forceinline__ unsigned scalars_of_int8(unsigned word) {
+#if defined(DTYPE_BF16)
+  // a bfloat16 has 7 bits behind its first one, and the sign has its own: 128 + low bits, less 128 or 256
+  return sub_scalars(word & 0x007f007f | ONES_PLACE, word & 0x00800080 | ONES_PLACE);
+#else
+  return sub_scalars(word & 0x00ff00ff ^ (ONES_PLACE | 0x00800080), ONES_PLACE | 0x00800080);
+#endif
+}
+
+// The same of float8_e4m3.
+__device__ __forceinline__ unsigned scalars_of_fp8(unsigned word) {
+#if defined(DTYPE_BF16)
+  const unsigned bits = (word & 0x007f007f) << 4 | (word & 0x00800080) << 8;  // exponent and mantissa in their places
+  return mul_scalars(bits, 0x7b807b80);                                       // 2^120: exponents count from 127 and not from 7
+#else
+  return cvt_f16x2_e4m3x2(static_cast<unsigned short>(prmt(word, 0, 0x4420)));
+#endif
+}
+
+// Two int4 codes, in bits 0 to 3 and 16 to 19.
+__device__ __forceinline__ unsigned scalars_of_int4(unsigned word, const GroupScale& group) {
+  return fma_scalars(sub_scalars(word & 0x000f000f | ONES_PLACE, ONES_PLACE | 0x00080008), group.scale, group.middle);
+}
+
+// B of one step, of the 32 / WEIGHT_BITS that four words of a lane hold.
+__device__ __forceinline__ void fragment(unsigned (&b)[2], const unsigned (&words)[4], int step, [[maybe_unused]] const GroupScale& group) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+#if defined(WEIGHT_INT4)
+    b[i] = scalars_of_int4(words[step / 2] >> 4 * (step % 2 * 2 + i), group);
+#elif defined(WEIGHT_INT8)
+    b[i] = scalars_of_int8(words[step] >> 8 * i);
+#elif defined(WEIGHT_FP8)
+    b[i] = scalars_of_fp8(words[step] >> 8 * i);
+#else
+    b[i] = words[2 * step + i];
+#endif
+  }
+}
