@@ -17,6 +17,7 @@ from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.ops import chain, products
 from cupaged.ops import cuda as ops
+from cupaged.ops.quantized import KINDS
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 BF16, F16 = {"DTYPE_BF16": 1}, {"DTYPE_F16": 1}
@@ -27,7 +28,9 @@ def persistent_attention(dtype: dict[str, int], head_dim: int, stages: int, **fl
 
 
 STREAMS = [
-    (source, defines) for source, _, defines in (*chain.variants("float16", "uint8"), *chain.variants("bfloat16", "bfloat16"))
+    (source, defines)
+    for dtype, kv_dtype, kinds in (("float16", "uint8", (None,)), ("bfloat16", "bfloat16", (None, *KINDS)))
+    for source, _, defines in chain.variants(dtype, kv_dtype, kinds)
 ]
 
 PLAN = (device_plan.SOURCE, {"STEP": persistent.STEP["sm80"]})

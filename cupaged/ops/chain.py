@@ -13,6 +13,7 @@ from cupaged.ops import cuda, products
 from cupaged.ops.quantized import QuantizedMatrix
 
 Array = Any  # cupy.ndarray
+Matrix = Array | QuantizedMatrix
 
 START_SOURCE, START_NAME = "stream_start.cu", "stream_start"
 
@@ -76,7 +77,7 @@ class Chain:
         x: Array,
         gain: Array,
         eps: float,
-        weight: Array | QuantizedMatrix,
+        weight: Matrix,
         bias: Array | None = None,
         dtype: str | None = None,
     ) -> Array:
@@ -85,14 +86,12 @@ class Chain:
         finish = products.STORE if dtype is None else products.STORE_FLOAT
         return self._record(finish, "normed", weight, bias, out, eps=eps)
 
-    def norm_swiglu(
-        self, x: Array, gain: Array, eps: float, weight: Array | QuantizedMatrix, bias: Array | None = None
-    ) -> Array:
+    def norm_swiglu(self, x: Array, gain: Array, eps: float, weight: Matrix, bias: Array | None = None) -> Array:
         out = self._rows("activated", (weight.shape[0] // 2,), self.dtype)
         self._record_norm(x, gain)
         return self._record(products.SWIGLU, "normed", weight, bias, out, eps=eps)
 
-    def linear_add(self, x: Array, weight: Array | QuantizedMatrix, residual: Array, bias: Array | None = None) -> Array:
+    def linear_add(self, x: Array, weight: Matrix, residual: Array, bias: Array | None = None) -> Array:
         name = next(name for name, array in self._arrays.items() if array.data.ptr == x.data.ptr)
         squares = self._array("squares", (self.room.num_parts(weight), self.rows), "float32")
         normed = self._rows("normed", residual.shape[1:], self.dtype)
@@ -146,7 +145,7 @@ class Chain:
         self,
         finish: int,
         x: str,
-        weight: Array | QuantizedMatrix,
+        weight: Matrix,
         bias: Array | None,
         out: Array,
         eps: float = 0.0,

@@ -1,7 +1,7 @@
 """The operations of `ops.cuda` such that a row's result does not depend on the other rows of its batch, to the bit.
 
-Every product is by one kernel of cuda_src/weight_stream.cu, whatever the number of rows, and attention has parts of fixed borders
-and tiles of one class. All else goes row by row as it is.
+Every product is by one kernel of cuda_src/weight_stream.cu, whatever the number of rows, and attention has parts of fixed
+borders and tiles of one class. All else goes row by row as it is.
 """
 
 from __future__ import annotations

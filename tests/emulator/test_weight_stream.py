@@ -150,7 +150,7 @@ def test_products(make, case):
         logits[...] = np.nan
 
 
-@pytest.mark.parametrize("num_tokens, dtype", [(1, "bfloat16"), (11, "float16"), (30, "float16"), (40, "bfloat16")])
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, "bfloat16"), (11, "float16"), (30, "float16"), (40, "bfloat16")])
 @pytest.mark.parametrize("kinds", [("int8", "int8"), ("fp8", "int8"), ("int4", "int4")], ids="-".join)
 def test_products_of_quantised_weights(make, kinds, num_tokens, dtype):
     """Slices that are longer than a row's rest; a head of another kind, which is a launch of its own."""
