@@ -97,8 +97,8 @@ struct Shared {
   Scales scales[STAGES];
 #endif
   unsigned long long weights_full[STAGES], weights_empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
-  unsigned long long factors_full[MOST_PRODUCTS];
-  float factors[MOST_PRODUCTS][TOKENS];    // 1 / rms; one for each product: whoever has no rows may fall behind
+  unsigned long long x_made[MOST_PRODUCTS], factors_full[MOST_PRODUCTS];  // each of a product: no phase is taken for another
+  float factors[MOST_PRODUCTS][TOKENS];    // 1 / rms
   int position[TOKENS], block[TOKENS];     // of QKV's tokens, and the pool's block that holds them; -1: no such token
   alignas(16) scalar bias[TILE_ROWS], gain[TILE_ROWS];  // of a tile that is finished
 #if WEIGHT_BITS == 8

@@ -10,7 +10,7 @@
 //                    warps wait at a join, the next weights land                       +-> mma.sync, a strip its columns
 //   warp 5           waits for the product before,                                     |
 //                    x ------- tensor copies -----> | slice | slice | ... | -----------+
-//   warp 6           waits for the same, then 1 / rms of each token -------------------+
+//   warp 6           1 / rms of each token --------------------------------------------+
 //
 // A product waits for the one before it by a count of CTAs, which whoever starts the step has set to zero; all CTAs are resident,
 // one an SM. The order of a sum is the same for any number of tokens: a token's result does not depend on the others. A wait that
@@ -68,6 +68,7 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
     if (p) wait_for(chain.products[p - 1], chain.flag);
+    mbarrier_arrive(&shared.x_made[p]);
     fence_proxy_async_global();
     for_each_tile(product, [&](int, int) {
       for_each_slice(product, [&](int slice) {
@@ -113,7 +114,7 @@ __device__ __forceinline__ void produce_factors(const Chain& chain, Shared& shar
     }
   }
   for (int p = 0; p < chain.num_products; p++) {
-    if (p) wait_for(chain.products[p - 1], chain.flag);
+    mbarrier_wait_parity(&shared.x_made[p], 0);
     store_factors(chain.products[p], shared.factors[p]);
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&shared.factors_full[p]);
@@ -176,7 +177,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
       mbarrier_init(&shared.x_full[i], 1);
       mbarrier_init(&shared.x_empty[i], CONSUMER_WARPS);
     }
-    for (int i = 0; i < MOST_PRODUCTS; i++) mbarrier_init(&shared.factors_full[i], 1);
+    for (int i = 0; i < MOST_PRODUCTS; i++) {
+      mbarrier_init(&shared.x_made[i], 1);
+      mbarrier_init(&shared.factors_full[i], 1);
+    }
     fence_mbarrier_init();
   }
 #if WEIGHT_BITS == 4

@@ -77,7 +77,7 @@ def _layout(bits: int, rows: int) -> tuple[int, int, int]:
     stage = _STAGE_STRIPS * STRIP * width * bits // 8 + scales
     x_stages = min(max((32 << 10) // x_slice, 3), 6)
     per_row = 2 * (2 + (bits == 8))
-    rest = x_stages * (x_slice + 16) + 8 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * _TILE_ROWS
+    rest = x_stages * (x_slice + 16) + 16 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * _TILE_ROWS
     stages = (_MOST_SHARED - rest) // (stage + 16)
     return stages, x_stages, -(-(rest + stages * (stage + 16)) // 1024) * 1024
 

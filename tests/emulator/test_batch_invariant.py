@@ -84,7 +84,7 @@ def test_a_failed_product_is_told_once(make):
     pages = {0: np.arange(1, 3)}
     model.forward(step({0: (np.arange(5), 5)}, pages), pools[0].k, pools[0].v)
     model.check()
-    model.ops._rooms[8].flag[0] = 1  # as a kernel leaves it
+    model.ops._room.flag[0] = 1  # as a kernel leaves it
     with pytest.raises(DeviceError, match="waited in vain"):
         model.check()
     model.check()

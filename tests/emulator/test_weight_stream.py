@@ -210,12 +210,12 @@ MUTATIONS = {
     "weights are replaced in use": ("mbarrier_wait_parity(&shared.weights_empty[turn.stage], turn.parity ^ 1);", ""),
     "x is replaced in use": ("mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);", ""),
     "x is copied before it is made": (
-        "if (p) wait_for(chain.products[p - 1], chain.flag);\n    fence_proxy",
-        "fence_proxy",
+        "if (p) wait_for(chain.products[p - 1], chain.flag);\n",
+        "",
     ),
     "squares are read before they are made": (
-        "if (p) wait_for(chain.products[p - 1], chain.flag);\n    store_factors",
-        "store_factors",
+        "mbarrier_wait_parity(&shared.x_made[p], 0);",
+        "",
     ),
     "factors are not waited for": (
         "mbarrier_wait_parity(&shared.factors_full[p], 0);",
