@@ -74,7 +74,7 @@ CASES = [
     [
         *((*case, chained, None) for case in CASES for chained in (True, False)),
         *(("llama-gqa", "bfloat16", False, kind) for kind in QUANTISED),
-        *(("llama-bias", "bfloat16", False, "int8"), ("llama-tied", "bfloat16", False, "fp8")),
+        ("llama-bias", "bfloat16", False, "int8"),
     ],
 )
 def test_steps_of_a_batch_that_grows_and_shrinks(decoding, ops, monkeypatch, name, kv_dtype, chained, quantization):
