@@ -183,7 +183,7 @@ class LLM:
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
                 weights = loading or _random_weights(self.config, ops, self.dtype)
                 llama = Llama(self.config, weights, ops, self.dtype, longest, quantization)
-            reserved = activation_bytes(self.config, step_tokens, max_num_seqs * (1 + max_draft))
+            reserved = activation_bytes(self.config, step_tokens, max_num_seqs, max_draft)
             reserved += unquantised_bytes(self.config, self.dtype, quantization)  # free now, but in pieces; and for products
             num_blocks = blocks_that_fit(
                 ops,
@@ -196,7 +196,7 @@ class LLM:
                 reserved,
             )
             pool = KVPool(ops, self.config, self.kv_cache_dtype, num_blocks, block_size)
-            if graphs:
+            if decoder:
                 llama.decoder = decoder.Decoder(llama, pool.k, pool.v, pool.scales, longest, max_num_seqs)
         capacity = (num_blocks - 1) * block_size
         if capacity < longest:

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 
+from cupaged.attention import device_plan
 from cupaged.attention import kernel as persistent
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
@@ -31,6 +32,8 @@ STREAMS = [
     for dtype, kv_dtype, kinds in (("float16", "uint8", (None,)), ("bfloat16", "bfloat16", (None, *KINDS)))
     for source, _, defines in chain.variants(dtype, kv_dtype, kinds)
 ]
+
+PLAN = (device_plan.SOURCE, {"STEP": persistent.STEP["sm80"]})
 
 # The largest variants on every architecture that takes them, then each other variant on one that differs
 NAMED = [
@@ -55,6 +58,7 @@ NAMED = [
     *((("quantize.cu", {**F16, f"WEIGHT_{kind}": 1}), arch) for kind in ("FP8", "INT4") for arch in ("86", "89")),
     (("embedding.cu", {}), "86"),
     *((stream, "90a") for stream in STREAMS),
+    *((PLAN, arch) for arch in ("80", "90a", "120")),
 ]
 
 
@@ -98,6 +102,7 @@ def main() -> int:
         kinds = (None, *KINDS)
         streams = [each for kv_dtype in (dtype, "uint8") for each in chain.variants(dtype, kv_dtype, kinds)]
         variants |= {key(source, defines): ("90a",) for source, _, defines in streams}
+    variants[key(*PLAN)] = ARCHITECTURES
     variants |= {key(persistent.SOURCES["sm90"], defines): ("90a",) for defines in SM90}
     matrix = [((source, dict(defines)), arch) for (source, defines), archs in sorted(variants.items()) for arch in archs]
     pairs = matrix if every else NAMED

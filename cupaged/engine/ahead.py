@@ -53,7 +53,7 @@ class Ahead:
     def begin(self, work: list[Work]) -> Step | None:
         """Queue the step of `work`, whose tokens are known; None where not all of it is the decoder's."""
         decoder = self._model.decoder
-        if decoder is None or len(work) > decoder.max_sequences or not all(map(_is_plain, work)):
+        if decoder is None or not all(map(_is_plain, work)) or len(work) > decoder.max_sequences:
             return None
         return self._queue([item.completion.seq for item in work], draws([item.completion.sampling_row(()) for item in work]))
 

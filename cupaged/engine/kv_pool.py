@@ -77,10 +77,16 @@ def blocks_that_fit(
     return int(min(budget // block_bytes, -(-max_tokens // block_size) + 1))
 
 
-def activation_bytes(config: ModelConfig, step_tokens: int, max_num_seqs: int) -> int:
-    """What a step needs beside weights and pool, estimated high: eight hidden-sized and four FFN-sized arrays, and logits."""
+def activation_bytes(config: ModelConfig, step_tokens: int, max_num_seqs: int, max_draft: int = 0) -> int:
+    """What steps need beside weights and pool, estimated high: eight hidden-sized and four FFN-sized arrays, and logits.
+
+    The graphs of decode steps share as much for max_num_seqs rows, and take it once more while one is captured; but those of
+    up to 64 rows may have theirs each, and are for less than 4 times 64 rows together.
+    """
     width = 8 * max(config.hidden_size, config.num_heads * config.head_dim) + 4 * config.intermediate_size
-    return 4 * (step_tokens * width + 2 * max_num_seqs * config.vocab_size) + 2**28
+    captured = 2 * max_num_seqs + 4 * min(max_num_seqs, 64)
+    logits = 2 * max_num_seqs * (1 + max_draft) + captured
+    return 4 * ((step_tokens + captured) * width + logits * config.vocab_size) + 2**28
 
 
 def check_block_size(block_size: int) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cupaged import attention
+from cupaged.attention.planner import DECODE_ROWS
 from cupaged.checkpoint.config import ModelConfig
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.parameters import kinds
 from cupaged.model.sampling import DRAWS
-from cupaged.ops import chain, cuda, products
+from cupaged.ops import captured, chain, cuda, products
 
 Array = Any  # cupy.ndarray
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sequences that there are graphs for
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # sequences that there are graphs for; of more see `_sizes`
 # What a graph reads for each row, beside what its planners have, in this order: the seed, which is aligned to 8 bytes, first,
 # the token, which may be there already, last.
 _INPUTS = [(name, DRAWS[name]) for name in sorted(DRAWS.names, key=lambda name: name != "seed")]
@@ -27,14 +30,22 @@ _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 
 def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None) -> list[jit.Variant]:
-    """The kernels of a Decoder, beside those of `ops.cuda`; none where the device or the model is not for it."""
-    if not products.takes(config, quantization):
-        return []
+    """The kernels of a Decoder, beside those of `ops.cuda`."""
     step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
-    return [
-        *chain.variants(dtype, kv_dtype, kinds(quantization)),
-        (attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step}),
-    ]
+    found = [(attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
+    if products.takes(config, quantization):
+        found += chain.variants(dtype, kv_dtype, kinds(quantization))
+    if config.num_heads > config.num_kv_heads * DECODE_ROWS:  # decodes have tiles of prefill class
+        found += attention.kernel.variants_of_device(dtype, config.head_dim, kv_dtype, batch_invariant=True)
+    return found
+
+
+def _sizes(most: int) -> list[int]:
+    """Numbers of sequences that there are graphs for, up to the first that is at least `most`."""
+    sizes = list(_SIZES)
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(32, 1 << sizes[-1].bit_length() - 3))
+    return sizes[: bisect.bisect_left(sizes, most) + 1]
 
 
 class Drawn:
@@ -50,23 +61,35 @@ class Drawn:
 
 
 class Decoder:
-    """The logits of a model for steps of one token for each of up to 64 sequences, and draws from them, on one GPU.
+    """The logits of a model for steps of one token a sequence, and draws from them, on one GPU.
 
-    A graph is captured when a step of its size first comes; a step with fewer sequences has rows that belong to none. The pools
-    are those of every step. Everything is queued on the current stream, which must be the same for all steps.
+    A graph is captured when a step of its size first comes; a step with fewer sequences has rows that belong to none. Where
+    `products.takes` the model, up to products.MOST_ROWS sequences are computed by a `Chain`; else the operations of `ops.cuda`
+    are captured one by one. The pools are those of every step. Everything is queued on the current stream, which must be the
+    same for all steps.
     """
 
     def __init__(
         self, model: Llama, k_pool: Array, v_pool: Array, kv_scales: Array | None, max_model_len: int, max_num_seqs: int
     ) -> None:
         self._model, self._pools = model, (k_pool, v_pool, kv_scales)
-        self._max_model_len, self.max_sequences = max_model_len, min(max_num_seqs, _SIZES[-1])
+        self._max_model_len, self._max_num_seqs = max_model_len, min(max_num_seqs, attention.device_plan.MOST_SEQUENCES)
+        self._most_chained = products.MOST_ROWS if products.takes(model.config, model.quantization) else 0
+        self._sizes = _sizes(self._max_num_seqs)
         self._graphs: dict[int, _Graph] = {}
+        self._capture = _Capture()
         self._last: _Graph | None = None  # the one replayed last
         event = functools.partial(jit.import_cupy().cuda.Event, disable_timing=True)
-        self._drawn = [(cuda.pinned((_SIZES[-1],), "int32"), event()) for _ in range(2)]  # tokens, and when they are there
-        self._moving = cuda.upload(np.zeros(_SIZES[-1], np.int32))
+        self._drawn = [(cuda.pinned((self._sizes[-1],), "int32"), event()) for _ in range(2)]  # tokens, and when they are there
+        self._moving = cuda.upload(np.zeros(self._sizes[-1], np.int32))
         self._turn = 0
+
+    @functools.cached_property
+    def max_sequences(self) -> int:
+        """That a step may have. Found out when it is first asked for: cuBLAS takes time to load."""
+        if self._max_num_seqs <= self._most_chained or captured.takes_products():
+            return self._max_num_seqs
+        return self._most_chained
 
     def takes(self, batch: Batch) -> bool:
         """Whether every sequence has one token, whose logits are wanted, and there are not too many."""
@@ -107,17 +130,20 @@ class Decoder:
 
     def check(self) -> None:
         """DeviceError if a wait in one of the graphs has failed since the last look; only known once the device is done."""
-        if any(graph.chain.room.flag[0] for graph in self._graphs.values()):
+        rooms = [graph.chain.room for graph in self._graphs.values() if graph.chain is not None]
+        if any(room.flag[0] for room in rooms):
             # The next step may be under way, over what the failed one left, and fail as well.
             jit.import_cupy().cuda.get_current_stream().synchronize()
-            for graph in self._graphs.values():
-                graph.chain.room.reset()
+            for room in rooms:
+                room.reset()
             raise DeviceError(products.WAITED_IN_VAIN)
 
     def _graph_for(self, batch: Batch) -> _Graph:
-        size = next(size for size in _SIZES if size >= batch.seq_lens.size)
-        if size not in self._graphs:
-            self._graphs[size] = _Graph(self._model, self._pools, size, self._max_model_len)
+        size = next(size for size in self._sizes if size >= batch.seq_lens.size)
+        chained = size <= self._most_chained
+        for each in [size] if chained else [self._sizes[-1], size]:  # the largest first: the others have room in its memory
+            if each not in self._graphs:
+                self._graphs[each] = _Graph(self._model, self._pools, each, self._max_model_len, chained, self._capture)
         return self._graphs[size]
 
     def _replay(self, graph: _Graph) -> Array:
@@ -149,13 +175,57 @@ def _in_order(batch: Batch) -> Batch:
     )
 
 
+class _Capture:
+    """Makes graphs that are replayed on one stream, one after another.
+
+    They have one memory, for what is computed within a replay; what is in it need not outlive that, but for the result, which
+    holds until the next replay. Captured operations allocate there and free as always, so that later ones, and those of later
+    graphs, have the same addresses: whoever writes there comes, in the order of the stream, behind all who read what was there
+    before. Nobody else gets that memory, and it stays as long as this does: a pool that finds no more room in the device frees
+    what it holds, but this one asks CuPy's, which frees its own, and else fails. Arrays that are to hold anything from a replay
+    to the next must come from elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._cupy = jit.import_cupy()
+        self._stream = self._cupy.cuda.Stream(non_blocking=True)  # one for all: pools keep what they have by stream
+        self._default = self._cupy.get_default_memory_pool()
+        self._memory = self._cupy.cuda.MemoryPool(self._default.malloc)
+
+    def __call__(self, compute: Callable[[], Array]) -> tuple[Any, Array]:
+        """The graph of what `compute` queues, and the array that it returns, as each replay leaves it."""
+        cupy, stream = self._cupy, self._stream
+        cupy.cuda.get_current_stream().synchronize()
+        with stream:
+            compute()  # outside of that memory: all is compiled, and arrays are there that others keep, too
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                with cupy.cuda.using_allocator(self._memory.malloc):
+                    result = compute()
+            finally:
+                graph = stream.end_capture()
+        self._default.free_all_blocks(stream)  # what the first time took is of no use to other streams
+        # Not the array itself: its memory is free for the next graph.
+        there = cupy.cuda.UnownedMemory(result.data.ptr, result.nbytes, self._memory)
+        return graph, cupy.ndarray(result.shape, result.dtype, cupy.cuda.MemoryPointer(there, 0))
+
+
 class _Graph:
     """The forward pass of so many sequences and the draws from its logits, and the arrays that it reads a step from.
 
     What is drawn overwrites token_ids: a next step of the same sequences finds its tokens there.
     """
 
-    def __init__(self, model: Llama, pools: tuple[Array, Array, Array | None], size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        pools: tuple[Array, Array, Array | None],
+        size: int,
+        max_model_len: int,
+        chained: bool,
+        capture: _Capture,
+    ) -> None:
         cupy, config = jit.import_cupy(), model.config
         k_pool = pools[0]
         num_blocks, block_size, head_dim = k_pool.shape[2:]
@@ -171,12 +241,14 @@ class _Graph:
                 max_sequences=size,
                 max_tokens=size,
                 max_tokens_each=1,
-                max_pages=size * -(-max_model_len // block_size),
+                max_pages=size * min(-(-max_model_len // block_size), num_blocks),
                 sliding_window=window,
             )
             for window in set(config.sliding_windows)
         }
-        self.chain = chain.Chain(size, dtype, k_pool.dtype.name, self._planners, max_products=4 * config.num_layers + 1)
+        self.chain: chain.Chain | None = None
+        if chained:
+            self.chain = chain.Chain(size, dtype, k_pool.dtype.name, self._planners, max_products=4 * config.num_layers + 1)
         words = size * sum(dtype.itemsize for _, dtype in _INPUTS) // 4
         self._inputs = cuda.upload(np.zeros(words, np.int32))
         columns = _columns(self._inputs, size)
@@ -184,23 +256,18 @@ class _Graph:
         self._staging = [cuda.pinned((words,), "int32") for _ in range(2)]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._turn = 0
-        rows = cuda.upload(np.zeros(size, np.int32))
+        rows = cuda.upload(np.arange(size, dtype=np.int32))
         batch = Batch(self.token_ids, rows, None, None, None, None)  # of the device; the planners have the rest
+        self._batch, ops = batch, self.chain or captured.Captured(self._planners)  # the batch: the graph reads its arrays
 
-        def forward() -> Array:
-            logits = model.forward(batch, *pools, ops=self.chain)
-            self.chain.flush()
+        def step() -> Array:  # the first time of no sequences
+            logits = model.forward(batch, *pools, ops=ops)
+            if self.chain is not None:
+                self.chain.flush()
             cuda.launch_sample(logits, [columns[name] for name in DRAWS.names], self.token_ids)
             return logits
 
-        cupy.cuda.get_current_stream().synchronize()
-        stream = cupy.cuda.Stream(non_blocking=True)
-        with stream:
-            self._logits = forward()  # of no sequences: all is compiled and every array made
-            stream.begin_capture()
-            forward()
-            self._graph = stream.end_capture()
-        stream.synchronize()
+        self._graph, self._logits = capture(step)
 
     def write(self, batch: Batch, draws: np.ndarray, token_ids: np.ndarray | None) -> None:
         """Queue copies of what the next replay reads. Without draws there are greedy ones; no token_ids: leave those there."""

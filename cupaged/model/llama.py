@@ -46,7 +46,7 @@ class Llama:
         max_positions: int,
         quantization: str | None = None,
     ) -> None:
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.quantization = config, ops, quantization
         self.decoder: Any = None  # a `model.decoder.Decoder`, once there is one: takes steps of one token a sequence
         self.params = load(config, weights, ops, dtype, quantization)
         self.rope_table = ops.upload(rope_table(config.rope, config.head_dim, max_positions))

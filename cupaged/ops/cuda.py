@@ -11,13 +11,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 
 from cupaged import attention
+from cupaged.cuda import cublas as blas
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError, InvalidArgument, OutOfMemory
 from cupaged.ops import staging
@@ -359,14 +359,10 @@ _NO_REDUCED_PRECISION_REDUCTION = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_R
 
 
 @functools.cache
-def _cublas() -> tuple[ModuleType, dict[str, int]]:
-    """CuPy's face of cuBLAS, and what cuBLAS calls the types."""
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError as error:
-        raise DeviceError(f"cuBLAS, which multiplies the matrices, is not installed; {jit.install_command()}") from error
+def _cublas_types() -> dict[str, int]:
+    """What cuBLAS calls the types."""
     runtime = cupy.cuda.runtime
-    return cublas, {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
+    return {"bfloat16": runtime.CUDA_R_16BF, "float16": runtime.CUDA_R_16F, "float32": runtime.CUDA_R_32F}
 
 
 def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
@@ -375,13 +371,13 @@ def _gemm(x: Array, weight: Array, out: Array, add: bool = False) -> None:
     cuBLAS is column-major: the same memory is out^T [N, T] = (weight^T [K, N])^T @ x^T [K, T], leading dimensions N, K and K.
     `out` may be columns of another array: then its leading dimension is the width of that.
     """
-    cublas, types = _cublas()
+    cublas, types = blas.module(), _cublas_types()
     (rows, inner), columns = x.shape, weight.shape[0]
     try:
         handle = cupy.cuda.device.get_cublas_handle()
         cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)  # where alpha and beta are
         cublas.setMathMode(handle, _NO_REDUCED_PRECISION_REDUCTION)
-        cublas.gemmEx(  # sets the current stream itself
+        blas.gemm_ex(
             handle,
             cublas.CUBLAS_OP_T,
             cublas.CUBLAS_OP_N,
@@ -607,9 +603,9 @@ def logprobs(logits: Array, token_ids: Array) -> Array:
 
 def _device_array(array: Array, dtype: type) -> Array:
     """A small argument as a device array of `dtype`: as it is, or uploaded from the host."""
-    if isinstance(array, np.ndarray) or array.dtype != dtype:
-        return cupy.asarray(array, dtype)
-    return array
+    if isinstance(array, cupy.ndarray) and array.dtype == dtype:
+        return array
+    return cupy.asarray(array, dtype)
 
 
 def _shift(block_size: int) -> int:

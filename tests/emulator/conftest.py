@@ -47,6 +47,9 @@ def ops(monkeypatch):
 
 
 def gemm(x, weight, out, add=False):
-    """What cuBLAS is asked for: float32 sums, with `add` also of what `out` holds, rounded once."""
+    """What cuBLAS is asked for: float32 sums, with `add` also of what `out` holds, rounded once; captured as a kernel is."""
+    if emulator.Kernel.captured is not None:
+        emulator.Kernel.captured.append(lambda: gemm(x, weight, out, add))
+        return
     product = x.astype(np.float32) @ weight.astype(np.float32).T
     out[...] = product + out.astype(np.float32) if add else product

@@ -72,7 +72,7 @@ def shows(attempt: Callable[[], bool], message: str = "", times: int = 12) -> bo
 def _library(text: str, name: str, defines: tuple[str, ...]) -> ctypes.CDLL:
     text += GLUE.format(name=name)
     _load_scheduler()
-    library = ctypes.CDLL(str(_built(f"{name}.so", text, *defines)))
+    library = ctypes.CDLL(str(built(f"{name}.so", text, *defines)))
     library.simt_signature.restype = library.simt_launch.restype = ctypes.c_char_p
     library.simt_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint]
     return library
@@ -82,10 +82,10 @@ def _library(text: str, name: str, defines: tuple[str, ...]) -> ctypes.CDLL:
 def _load_scheduler() -> None:
     """Loaded once and for all to see: the kernels' calls of simt find it."""
     text = "".join(f'#include "{file.name}"\n' for file in sorted(HERE.glob("*.cpp")))
-    ctypes.CDLL(str(_built("simt.so", text, "-O3")), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(built("simt.so", text, "-O3")), ctypes.RTLD_GLOBAL)
 
 
-def _built(name: str, text: str, *options: str) -> Path:
+def built(name: str, text: str, *options: str) -> Path:
     """The shared library that the compiler makes of a text."""
     command = [COMPILER, *FLAGS, f"-I{HERE}", *options, "-x", "c++", "-"]
     key = "\0".join([*command, text, *(file.read_text() for file in sorted(HERE.glob("*.h")))])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class Stream:
     ptr = 0
 
     def __init__(self, **_: bool) -> None:
-        self._launches: list = []
+        pass
 
     def __enter__(self) -> Stream:
         return self
@@ -47,15 +49,37 @@ class Stream:
         pass
 
     def begin_capture(self) -> None:
-        Kernel.captured = self._launches = []
+        Kernel.captured = []
 
-    def end_capture(self) -> Stream:
-        Kernel.captured = None
-        return self
+    def end_capture(self) -> Graph:
+        launches, Kernel.captured = Kernel.captured, None
+        return Graph(launches)
 
-    def launch(self, stream: Stream) -> None:  # of the graph
+
+class Graph:
+    def __init__(self, launches: list[Callable[[], None]]) -> None:
+        self._launches = launches
+
+    def launch(self, stream: Stream) -> None:
+        for memory in MemoryPool.taken:  # may be anything by now, as graphs share it
+            memory[...] = POISON
         for launch in self._launches:
             launch()
+
+
+class MemoryPool:
+    """CuPy's name for a memory that graphs have for themselves; `taken` is all of it, of all pools."""
+
+    taken: ClassVar[list[np.ndarray]] = []
+
+    def __init__(self, allocator: object) -> None:
+        pass
+
+    def malloc(self, memory: np.ndarray) -> None:
+        self.taken.append(memory)
+
+    def free_all_blocks(self, stream: Stream) -> None:
+        pass
 
 
 class GuardedMemory:
@@ -64,6 +88,7 @@ class GuardedMemory:
     ndarray = DeviceArray
 
     def __init__(self) -> None:
+        MemoryPool.taken.clear()
         runtime = SimpleNamespace(getDevice=lambda: 0, memcpy2DAsync=_memcpy_2d, memcpyDeviceToDevice=3)
         runtime.memcpyAsync, runtime.memcpyHostToDevice, runtime.memcpyDefault = _memcpy, 1, 4
         self.cuda = SimpleNamespace(
@@ -73,7 +98,12 @@ class GuardedMemory:
             get_current_stream=Stream,
             Stream=Stream,
             Event=Stream,
+            MemoryPool=MemoryPool,
+            using_allocator=self._using_allocator,
+            UnownedMemory=lambda ptr, size, owner: (ctypes.c_char * size).from_address(ptr),
+            MemoryPointer=lambda memory, offset: memory,
         )
+        self._allocator: Callable[[np.ndarray], None] = lambda memory: None
         self._guards: list[np.ndarray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: object) -> DeviceArray:
@@ -81,12 +111,22 @@ class GuardedMemory:
         memory = np.full(size + 2 * GUARD + ALIGNMENT, POISON, np.uint8)
         start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
         self._guards += [memory[:start], memory[start + size :]]
+        self._allocator(memory[start : start + size])
         return memory[start : start + size].view(dtype).reshape(shape).view(DeviceArray)
 
     def asarray(self, array: np.ndarray, dtype: object = None) -> DeviceArray:
         out = self.empty(array.shape, array.dtype if dtype is None else dtype)
         out[...] = array
         return out
+
+    def get_default_memory_pool(self) -> MemoryPool:
+        return MemoryPool(None)
+
+    @contextlib.contextmanager
+    def _using_allocator(self, allocator: Callable[[np.ndarray], None]) -> Iterator[None]:
+        before, self._allocator = self._allocator, allocator
+        yield
+        self._allocator = before
 
     def asnumpy(self, array: np.ndarray) -> np.ndarray:
         return np.array(array)

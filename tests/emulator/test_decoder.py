@@ -1,9 +1,10 @@
 """The graphs of decode steps, captured and replayed over emulated kernels."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_models
-from op_cases import SEED
+from op_cases import QUANTISED, SEED
 
 from cupaged import SamplingParams
 from cupaged.checkpoint.config import load_config
@@ -17,9 +18,10 @@ from cupaged.errors import DeviceError
 from cupaged.model.decoder import Decoder
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import DRAWS
+from cupaged.ops import cuda, products
 from cupaged.ops import numpy as reference_ops
-from cupaged.ops import products
 
+from .emulator import Kernel
 from .test_weight_stream import encode_slices
 
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
@@ -32,11 +34,13 @@ def decoding(ops, monkeypatch, tmp_path):
     monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
-    def make(name, kv_dtype="bfloat16"):
+    def make(name, kv_dtype="bfloat16", chained=True, quantization=None):
+        monkeypatch.setattr(products, "takes", lambda *of: chained)
         folder = tiny_models.write_model(tmp_path, tiny_models.EVEN_CONFIGS[name])
         config = load_config(folder)
-        weights = list(open_weights(folder, config))
-        models = [Llama(config, weights, o, dtype, 64) for o, dtype in ((ops, "bfloat16"), (reference_ops, "float32"))]
+        weights = [(tensor, array.astype(ml_dtypes.bfloat16)) for tensor, array in open_weights(folder, config)]
+        sides = (ops, "bfloat16"), (reference_ops, "float32")
+        models = [Llama(config, weights, o, dtype, 64, quantization) for o, dtype in sides]
         pools = [KVPool(o, config, d, BLOCKS, BLOCK_SIZE) for o, d in ((ops, kv_dtype), (reference_ops, "float32"))]
         pools[0].k.view(np.uint8)[...] = pools[0].v.view(np.uint8)[...] = 0  # block 0 is nobody's
         models[0].decoder = Decoder(models[0], pools[0].k, pools[0].v, pools[0].scales, 64, 16)
@@ -59,15 +63,23 @@ def batch(sequences, tokens, pages, order):
     )
 
 
+CASES = [
+    *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
+    *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "kv_dtype"),
+    ("name", "kv_dtype", "chained", "quantization"),
     [
-        *(("llama-gqa", kv_dtype) for kv_dtype in ("bfloat16", "int8", "fp8")),
-        *((name, "bfloat16") for name in ("llama-bias", "llama-tied", "qwen2-window", "qwen3-window")),
+        *((*case, chained, None) for case in CASES for chained in (True, False)),
+        *(("llama-gqa", "bfloat16", False, kind) for kind in QUANTISED),
+        ("llama-bias", "bfloat16", False, "int8"),
     ],
 )
-def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
-    (model, reference), pools = decoding(name, kv_dtype)
+def test_steps_of_a_batch_that_grows_and_shrinks(decoding, ops, monkeypatch, name, kv_dtype, chained, quantization):
+    monkeypatch.setattr(ops, "_SCRATCH_BYTES", 2 * 192 * 100)  # a quantised matrix is multiplied in slices
+    (model, reference), pools = decoding(name, kv_dtype, chained, quantization)
     rng = np.random.default_rng([SEED, 61])
     vocab = model.config.vocab_size
     pages = rng.permutation(np.arange(1, BLOCKS))[:20].reshape(5, 4)
@@ -94,16 +106,17 @@ def test_steps_of_a_batch_that_grows_and_shrinks(decoding, name, kv_dtype):
         steps.append((np.array(got), want))
         got[...] = np.nan
         model.check()
-    assert set(model.decoder._graphs) == {1, 4, 8}
+    assert set(model.decoder._graphs) == {1, 4, 8} | ({16} if not chained else set())
     for got, want in steps:  # of tiny models single rows are off by up to three times as much as all together
         assert (np.linalg.norm(got - want, axis=1) <= 3 * LIMIT[kv_dtype] * np.linalg.norm(want, axis=1)).all()
     got, want = (np.concatenate(rows) for rows in zip(*steps, strict=True))
     assert np.linalg.norm(got - want) <= LIMIT[kv_dtype] * np.linalg.norm(want)
 
 
-def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops):
+@pytest.mark.parametrize("chained", [True, False])
+def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops, chained):
     """Steps queued one behind the other, their tokens asked for a step later; each draw is that from the logits of its step."""
-    (model, _), (pool, _) = decoding("llama-gqa")
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
     decoder, rng = model.decoder, np.random.default_rng([SEED, 62])
     vocab = model.config.vocab_size
     pages = rng.permutation(np.arange(1, BLOCKS))[:21].reshape(7, 3)
@@ -149,7 +162,7 @@ def test_tokens_are_drawn_and_go_on_from_where_they_are(decoding, ops):
             decoder._graphs[size].token_ids[...] = again
         waiting = running, drawn
         model.check()
-    assert set(decoder._graphs) == {8, 4, 2}
+    assert set(decoder._graphs) == {8, 4, 2} | ({16} if not chained else set())
 
 
 def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
@@ -164,8 +177,9 @@ def test_a_failed_wait_is_told_once_and_the_next_step_is_right(decoding):
     assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
 
 
-def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monkeypatch):
-    (model, _), (pool, _) = decoding("llama-gqa")
+@pytest.mark.parametrize("chained", [True, False])
+def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monkeypatch, chained):
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
     queue, num_ahead, found = model.decoder.queue, 0, []
 
     def counting(batch, draws, rows=None):
@@ -199,3 +213,53 @@ def test_an_engine_one_step_ahead_gives_the_same_tokens(decoding, tmp_path, monk
         assert (num_ahead > 3) == ahead
         assert engine.blocks.num_used == 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_more_sequences_than_a_chain_takes(decoding, ops, chained):
+    """A step of 70 is captured one by one, its tokens where the smaller graph of the next finds them, and back."""
+    (model, reference), pools = decoding("llama-gqa", chained=chained)
+    model.decoder = Decoder(model, pools[0].k, pools[0].v, None, 64, 70)
+    rng = np.random.default_rng([SEED, 63])
+    everyone = np.arange(70)
+    pages = np.repeat(np.arange(1, BLOCKS), 4)[:70, None]  # four have each block, and write what is equal there
+    tokens = np.repeat(rng.integers(0, model.config.vocab_size, BLOCKS), 4)[:70]
+    under = np.zeros(70, DRAWS)
+    waiting = None
+    for length, running in ((1, everyone), (2, everyone), (3, everyone[:40]), (4, everyone[8:40])):
+        rows = None if length == 1 else [waiting[0].tolist().index(number) for number in running]
+        step = batch([(n, length) for n in running], [[tokens[n]] for n in running], pages, np.arange(running.size))
+        under["position"] = length
+        drawn = model.decoder.queue(step, under[running], rows)
+        if waiting is not None:
+            tokens[waiting[0]] = waiting[1].tokens()
+            step.token_ids[...] = tokens[running]
+        want = reference.forward(step, pools[1].k, pools[1].v)
+        got = model.decoder._last._logits[: running.size]
+        assert np.linalg.norm(got - want) <= LIMIT["bfloat16"] * np.linalg.norm(want)
+        assert drawn.tokens() == got.argmax(axis=1).tolist()
+        waiting = running, drawn
+        model.check()
+    chains = {size: graph.chain is not None for size, graph in model.decoder._graphs.items()}
+    assert chains == {96: False, 48: chained, 32: chained}
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_without_products_in_graphs_there_is_what_the_chain_takes(decoding, monkeypatch, caplog, chained):
+    (model, _), (pool, _) = decoding("llama-gqa", chained=chained)
+    gemm = cuda._gemm
+
+    def refusing(*args):
+        if Kernel.captured is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        gemm(*args)
+
+    monkeypatch.setattr(cuda, "_gemm", refusing)
+    decoder = Decoder(model, pool.k, pool.v, None, 64, 70)
+    assert decoder.max_sequences == (64 if chained else 0)
+    assert decoder.max_sequences == (64 if chained else 0)
+    [record] = caplog.records
+    assert "one operation at a time" in record.getMessage()
+    assert decoder.takes(batch([(0, 1)], [[3]], [[2]], np.arange(1))) == chained
+    assert Decoder(model, pool.k, pool.v, None, 64, 16).max_sequences == (16 if chained else 0)
+    assert len(caplog.records) == (1 if chained else 2)

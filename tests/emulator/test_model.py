@@ -14,10 +14,12 @@ from cupaged.checkpoint.weights import open_weights
 from cupaged.cuda import jit
 from cupaged.engine.dtypes import stored_as
 from cupaged.engine.kv_pool import KVPool
+from cupaged.model import decoder
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.parameters import kinds
 from cupaged.model.sampling import SamplingRow, sample
 from cupaged.ops import numpy as reference_ops
+from cupaged.ops import products
 
 BFLOAT16 = ml_dtypes.bfloat16
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
@@ -77,6 +79,7 @@ def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_pa
         planned.clear()
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
     ("name", "kv_dtype", "quantization"),
     [
@@ -84,21 +87,28 @@ def test_a_model_computes_what_the_numpy_operations_say(ops, monkeypatch, tmp_pa
         *(("qwen3", "bfloat16", quantization) for quantization in (None, *QUANTISED)),
     ],
 )
-def test_what_is_compiled_at_the_start_is_what_a_request_takes(ops, monkeypatch, tmp_path, name, kv_dtype, quantization):
+def test_what_is_compiled_at_the_start_is_what_a_request_takes(
+    ops, monkeypatch, tmp_path, name, kv_dtype, quantization, graphs
+):
     compiled, asked, kernel = [], [], jit.kernel
     monkeypatch.setattr(jit, "compiling", lambda variants: contextlib.nullcontext(compiled.extend(variants)))
     monkeypatch.setattr(
         jit, "kernel", lambda *names, **defines: (asked.append((*names, defines)), kernel(*names, **defines))[1]
     )
     monkeypatch.setattr(attention.kernel, "_takes_sm90", lambda *types: False)
+    monkeypatch.setattr(products, "takes", lambda *of: False)
 
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS[name])
     config = load_config(folder)
     also = ops.variants_of_weights(kinds(quantization), "bfloat16")
+    if graphs:
+        also += decoder.variants(config, "bfloat16", stored_as(kv_dtype), quantization)
     with ops.compiling("bfloat16", stored_as(kv_dtype), config.head_dim, 16, config.qk_norm, also):
         model = Llama(config, open_weights(folder, config), ops, "bfloat16", 64, quantization)
     assert {name for _, name, _ in asked} == ({"quantize"} if quantization else set())
     pool = KVPool(ops, config, kv_dtype, 8, 16)
+    if graphs:
+        model.decoder = decoder.Decoder(model, pool.k, pool.v, pool.scales, 64, 4)
     for tokens, lengths in (([range(40), range(7)], [40, 7]), ([[5], [6]], [41, 8])):
         logits = model.forward(batch(tokens, lengths), pool.k, pool.v, pool.scales)
         sample(ops, logits, [SamplingRow(SamplingParams(), 1, 0, 50, None, {})] * 2)
