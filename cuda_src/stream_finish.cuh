@@ -5,7 +5,7 @@
 constexpr int STAGE_OCTETS = STAGE_STRIPS * TOKENS;
 constexpr int ROUNDS = (PHASE_STAGES * STAGE_OCTETS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a phase, an octet a thread
 constexpr int ROW_ROUNDS = (TILE_ROWS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a tile, a row a thread
-constexpr int AT_ONCE = ROUNDS < 2 || TOKENS == 64 ? 1 : 2;  // rounds; registers do not allow more
+constexpr int AT_ONCE = TOKENS < 32 && ROUNDS > 1 ? 2 : 1;  // rounds, as far as registers go
 
 // Strips of a product, side by side.
 struct Tile {

@@ -15,9 +15,10 @@ constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
 
 // How the consumers divide a stage: each has 16 tokens (or 8, twice), some of its strips, and all of the slice or half of it.
-constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, WARP_STRIPS = TOKEN_PARTS, INNER_PARTS = TOKENS > 16 ? 1 : 2;
-constexpr int STRIP_PARTS = STAGE_STRIPS / WARP_STRIPS, CONSUMER_WARPS = TOKEN_PARTS * STRIP_PARTS * INNER_PARTS;
+constexpr int CONSUMER_WARPS = TOKENS < 64 ? 8 : 4;  // as far as registers go
 constexpr int CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
+constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, INNER_PARTS = TOKENS > 16 ? 1 : 2;
+constexpr int STRIP_PARTS = CONSUMER_WARPS / TOKEN_PARTS / INNER_PARTS, WARP_STRIPS = STAGE_STRIPS / STRIP_PARTS;
 constexpr int CONSUMERS = 1;  // their named barrier
 // How many stages' worth of sums are finished at once.
 constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
@@ -87,7 +88,7 @@ struct Scales {  // and zeros, of a stage
 #endif
 // Stages that are asked for at once: enough for the full speed of memory.
 #ifndef MOST_UNDER_WAY
-#define MOST_UNDER_WAY (64 * 1024 / static_cast<int>(sizeof(Stage)))
+#define MOST_UNDER_WAY (48 * 1024 / static_cast<int>(sizeof(Stage)))
 #endif
 
 struct Shared {

@@ -4,10 +4,10 @@
 #pragma once
 #include "stream_products.cuh"
 
-constexpr int KEPT = WARP_STRIPS > 2 ? X_BLOCKS : 1;  // of a slice of x; and how many are in registers
+constexpr int KEPT = WARP_STRIPS > 1 ? X_BLOCKS : 1;  // of a slice of x; and how many are in registers
 
 // An mma waits for the one before it in its chain; those of other strips and chains fill the time.
-constexpr int CHAINS = WARP_STRIPS < 4 ? 2 : 1;
+constexpr int CHAINS = WARP_STRIPS > 1 ? 1 : 2;
 
 // A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[stage][strip][chain][2 * h + i] is of token g + 8 h of the warp's
 // and row 2 t + i of the strip.

@@ -5,12 +5,12 @@
 //   the cut          every CTA has rows of its own, as many as the others, in strips of 8, and all of the inner dimension: its
 //                    sums are whole, and it finishes them. It goes through x slice by slice, once for up to 24 strips.
 //
-//   warp 4           strips of a slice --- tensor copies ---> | 16 KB | 16 KB | ... |--+
-//                    does not know what a product is: while the other                  |   warps 0-3: tokens are rows of an
+//   a warp           strips of a slice --- tensor copies ---> | 16 KB | 16 KB | ... |--+
+//                    does not know what a product is: while the other                  |   the others: tokens are rows of an
 //                    warps wait at a join, the next weights land                       +-> mma.sync, a strip its columns
-//   warp 5           waits for the product before,                                     |
+//   a warp           waits for the product before,                                     |
 //                    x ------- tensor copies -----> | slice | slice | ... | -----------+
-//   warp 6           1 / rms of each token --------------------------------------------+
+//   a warp           1 / rms of each token --------------------------------------------+
 //
 // A product waits for the one before it by a count of CTAs, which whoever starts the step has set to zero; all CTAs are resident,
 // one an SM. The order of a sum is the same for any number of tokens: a token's result does not depend on the others. A wait that

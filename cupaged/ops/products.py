@@ -135,7 +135,7 @@ class Room:
         defines = _defines(dtype, kv_dtype, kind, self.rows)
         size, kernel = shared_bytes(defines), jit.kernel(SOURCE, NAME, **defines)
         kernel.max_dynamic_shared_size_bytes = size
-        threads = 32 * (11 if self.rows <= 16 else 7)  # warps that multiply, and three that bring
+        threads = 32 * (3 + (8 if self.rows < 64 else 4))  # warps that bring, and warps that multiply
         launch_dependent(kernel, (self.num_ctas,), (threads,), (chain,), shared_mem=size)
 
 
