@@ -386,6 +386,33 @@ __device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence
 // The same for global memory: by who has stored there before others are told, and by those once they know, before they copy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+// ---- clusters: CTAs that know each other's shared memory ---------------------------------------------------------------
+__device__ __forceinline__ unsigned cluster_ctarank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of the cluster meet; nobody is reached by others before the first time nor after the last.
+__device__ __forceinline__ void barrier_cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// At the barrier in the same place of another CTA's shared memory. What this thread has written is not told to that CTA.
+__device__ __forceinline__ void mbarrier_arrive_cluster(unsigned long long* barrier, unsigned rank) {
+  asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+               "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+               "r"(rank)
+               : "memory");
+}
+// The box of a 3-D tensor map into the same place of the CTAs whose bits are in `ranks`, each told at its own barrier.
+__device__ __forceinline__ void tensor_copy_3d_multicast(
+    void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned short ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3, %4}], "
+      "[%5], %6;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(ranks)
+      : "memory");
+}
+
 #endif
 
 // ---- dependent launches ------------------------------------------------------------------------------------------------

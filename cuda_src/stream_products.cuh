@@ -19,6 +19,9 @@ constexpr int CONSUMER_WARPS = TOKENS < 64 ? 8 : 4;  // as far as registers go
 constexpr int CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
 constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, INNER_PARTS = TOKENS > 16 ? 1 : 2;
 constexpr int STRIP_PARTS = CONSUMER_WARPS / TOKEN_PARTS / INNER_PARTS, WARP_STRIPS = STAGE_STRIPS / STRIP_PARTS;
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 constexpr int CONSUMERS = 1;  // their named barrier
 // How many stages' worth of sums are finished at once.
 constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
@@ -135,25 +138,25 @@ struct Cut {
   __device__ __forceinline__ int begin(int cta) const { return unit * (cta * each + min(cta, more)); }
 };
 
-// f(first strip, number of strips) for the tiles of this CTA, of about the same size.
+// f(first strip, number of strips) for the tiles of this CTA, all of a size but the last. Every CTA has as many tiles as those with
+// most strips, of which the last may have no strips: CTAs of a cluster share what they read of x.
 template <class F>
 __device__ __forceinline__ void for_each_tile(const Product& product, F f) {
   const Cut cut(product);
-  const int end = cut.begin(blockIdx.x + 1);
+  const int end = cut.begin(blockIdx.x + 1), all = cut.begin(1);
+  const int tiles = (all + TILE_STRIPS - 1) / TILE_STRIPS;
+  const int most = ((all + tiles - 1) / tiles + STAGE_STRIPS - 1) / STAGE_STRIPS * STAGE_STRIPS;
   int first = cut.begin(blockIdx.x);
-  if (first == end) return;
-  const int tiles = (end - first + TILE_STRIPS - 1) / TILE_STRIPS;
-  const int most = ((end - first + tiles - 1) / tiles + STAGE_STRIPS - 1) / STAGE_STRIPS * STAGE_STRIPS;
-  for (; first < end; first += most) f(first, min(most, end - first));
+  for (int tile = 0; tile < tiles; tile++, first += most) f(first, max(0, min(most, end - first)));
 }
 
 __device__ __forceinline__ int num_slices(const Product& product) { return (product.inner + SLICE - 1) / SLICE; }
 
-// f(slice) for all of them. The CTAs begin at different ones: no two neighbours want the same of x, and of memory not all the same
-// columns.
+// f(slice) for all of them. The clusters begin at different ones: no two neighbours want the same of x, and of memory not all the
+// same columns.
 template <class F>
 __device__ __forceinline__ void for_each_slice(const Product& product, F f) {
-  const int slices = num_slices(product), first = blockIdx.x % slices;
+  const int slices = num_slices(product), first = blockIdx.x / CLUSTER % slices;
   for (int slice = first; slice < slices; slice++) f(slice);
   for (int slice = 0; slice < first; slice++) f(slice);
 }

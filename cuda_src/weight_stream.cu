@@ -9,12 +9,12 @@
 //                    does not know what a product is: while the other                  |   the others: tokens are rows of an
 //                    warps wait at a join, the next weights land                       +-> mma.sync, a strip its columns
 //   a warp           waits for the product before,                                     |
-//                    x ------- tensor copies -----> | slice | slice | ... | -----------+
+//                    x ------- tensor copies -----> | slice | slice | ... | -----------+     (of a cluster each CTA a part, to all)
 //   a warp           1 / rms of each token --------------------------------------------+
 //
 // A product waits for the one before it by a count of CTAs, which whoever starts the step has set to zero; all CTAs are resident,
-// one an SM. The order of a sum is the same for any number of tokens: a token's result does not depend on the others. A wait that
-// lasts too long raises a flag and goes on with what is there, so that nothing hangs.
+// one an SM. A token's result does not depend on the others of a launch, nor on their number as long as the kernel is the same. A
+// wait that lasts too long raises a flag and goes on with what is there, so that nothing hangs.
 //
 // Between products, what counts is the way from one CTA to another and back, some eight times as long when memory is asked for
 // all that the ring could hold: hence MOST_UNDER_WAY, just enough for its full speed.
@@ -23,7 +23,8 @@
 // next product takes the second and multiplies its result by 1 / rms, which is known only once all rows have been written.
 //
 // Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4 for weights that are
-// such codes; STAGES, X_STAGES; KV_FP8 where pools hold such codes.
+// such codes; STAGES, X_STAGES; CLUSTER, if not 1; KV_FP8 where pools hold such
+// codes.
 #include "stream_finish.cuh"
 
 __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shared) {
@@ -75,7 +76,13 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
         mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
         unsigned long long* full = &shared.x_full[turn.stage];
         mbarrier_arrive_expect_tx(full, sizeof(XSlice));
-        tensor_copy_3d(&shared.x[turn.stage], &product.x, 0, 0, slice * X_BLOCKS, full);
+        XSlice& x = shared.x[turn.stage];
+        if constexpr (CLUSTER == 1) {
+          tensor_copy_3d(&x, &product.x, 0, 0, slice * X_BLOCKS, full);
+        } else {  // each CTA brings a part to all
+          const int first = cluster_ctarank() * (X_BLOCKS / CLUSTER);
+          tensor_copy_3d_multicast(&x.at[first], &product.x, 0, 0, slice * X_BLOCKS + first, full, (1 << CLUSTER) - 1);
+        }
         turn.advance();
       });
     });
@@ -126,6 +133,15 @@ __device__ __forceinline__ void release(unsigned long long* empty) {
   if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
 }
 
+__device__ __forceinline__ void release_in_cluster(unsigned long long* empty) {
+  if constexpr (CLUSTER == 1) {
+    release(empty);
+  } else {
+    __syncwarp();
+    if (threadIdx.x % 32 < CLUSTER) mbarrier_arrive_cluster(empty, threadIdx.x % 32);
+  }
+}
+
 __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
   Turn<STAGES> turn;
   Turn<X_STAGES> x_turn;
@@ -150,15 +166,15 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
           release(&shared.weights_empty[turn.stage]);
           turn.advance();
         }
-        if (left == 1) {  // nobody needs the slice any more: its room is for the sums
+        if (left == 1 && count) {  // nobody needs the slice any more: its room is for the sums
           mbarrier_wait_parity(&shared.factors_full[p], 0);
           finishing.finish(sums, tile, ahead, reinterpret_cast<Turned&>(x));
           fence_proxy_async_shared();
         }
-        release(&shared.x_empty[x_turn.stage]);
+        release_in_cluster(&shared.x_empty[x_turn.stage]);
         x_turn.advance();
       }
-      any = true;
+      any |= count > 0;
     });
     if (any) finishing.publish();
   }
@@ -175,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
     }
     for (int i = 0; i < X_STAGES; i++) {
       mbarrier_init(&shared.x_full[i], 1);
-      mbarrier_init(&shared.x_empty[i], CONSUMER_WARPS);
+      mbarrier_init(&shared.x_empty[i], CLUSTER * CONSUMER_WARPS);
     }
     for (int i = 0; i < MOST_PRODUCTS; i++) {
       mbarrier_init(&shared.x_made[i], 1);
@@ -190,17 +206,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
   }
   fence_proxy_async_shared();
 #endif
+  if (CLUSTER > 1) barrier_cluster_sync();
   __syncthreads();
   if (warp == CONSUMER_WARPS) {
     if (threadIdx.x % 32 == 0) produce_weights(chain, shared);  // nobody's output: no need to wait for the kernel before
-    return;
-  }
-  griddepcontrol_wait();
-  if (warp < CONSUMER_WARPS) {
-    consume(chain, shared);
-  } else if (warp == CONSUMER_WARPS + 1) {
-    if (threadIdx.x % 32 == 0) produce_x(chain, shared);
   } else {
-    produce_factors(chain, shared);
+    griddepcontrol_wait();
+    if (warp < CONSUMER_WARPS) {
+      consume(chain, shared);
+    } else if (warp == CONSUMER_WARPS + 1) {
+      if (threadIdx.x % 32 == 0) produce_x(chain, shared);
+    } else {
+      produce_factors(chain, shared);
+    }
   }
+  __syncwarp();
+  if (CLUSTER > 1) barrier_cluster_sync();  // until nobody brings anything any more
 }

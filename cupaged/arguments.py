@@ -228,7 +228,7 @@ def build_parser(commands: dict[str, Callable[[argparse.Namespace], None]]) -> a
     _add_load_format(sub)
     add("--kv-memory", metavar="SIZE", help="of the KV pool: 512MB, 2GiB or bytes (default: room for all at once, if it fits)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens of a block of the pool (default: 16)")
-    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 2048 on a GPU)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: 512 on the CPU, 8192 on a GPU)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences of a step (default: the largest concurrency, of a rate 256)")
 
     summary = "How many requests the same KV memory holds, and what they give: reserved slots against pages."

@@ -37,7 +37,7 @@ from cupaged.ops.quantized import check_kind
 
 logger = logging.getLogger("cupaged")
 
-CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 2048  # of a prefill, computed at once
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 8192  # of a prefill, computed at once
 
 Prompt = str | Sequence[int] | dict
 Message = dict[str, str]

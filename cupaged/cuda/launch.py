@@ -11,7 +11,7 @@ import numpy as np
 from cupaged.cuda import jit
 from cupaged.errors import DeviceError
 
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute: an id and a union of 64 bytes
@@ -32,12 +32,14 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
 _DEPENDENT = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
-def launch_dependent(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0) -> None:
+def launch_dependent(
+    kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0, cluster: int = 1
+) -> None:
     """Queue a kernel of `jit.kernel` on the current stream, called like that; a dependent launch where the device knows those.
 
     It may then begin while the kernel before it still runs, once all CTAs of that one have said so or ended (programmatic
     dependent launch, CUDA Programming Guide, section 4.5). So every CTA executes griddepcontrol.wait before it reads or writes
-    what other kernels do.
+    what other kernels do. With `cluster`, so many neighbours each form one (sm_90).
     """
     if not _knows_dependent_launches(jit.import_cupy().cuda.runtime.getDevice()):
         kernel(grid, block, args, shared_mem=shared_mem)
@@ -47,7 +49,8 @@ def launch_dependent(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...],
     config = _Config()
     config.grid[:], config.block[:] = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
     config.shared_bytes, config.stream = shared_mem, jit.import_cupy().cuda.get_current_stream().ptr
-    config.attributes, config.num_attributes = ctypes.pointer(_DEPENDENT), 1
+    attributes = (_DEPENDENT, _Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
+    config.attributes, config.num_attributes = (_Attribute * 2)(*attributes), 1 if cluster == 1 else 2
     result = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None)
     if result:
         raise DeviceError(f"the driver refuses to launch a kernel (error {result}); restart, and report it if it stays")

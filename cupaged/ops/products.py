@@ -21,6 +21,7 @@ STRIP = 8  # rows of weights that a CTA takes at once
 _BITS = {None: 16, "int8": 8, "fp8": 8, "int4": 4}  # of a weight, by the kind of its matrix; None: not quantised
 _ROWS = (8, 16, 32, 64)  # of x, that there are kernels for
 _STAGE_STRIPS, _TILE_ROWS = 4, 192
+_CLUSTER = {8: 1, 16: 1, 32: 1, 64: 2}  # CTAs that share what they read of x, by its rows
 _MOST_SHARED = 227 << 10  # bytes, of an sm_90
 MOST_ROWS = max(_ROWS)
 MOST_PRODUCTS = 4
@@ -54,8 +55,9 @@ def variants(dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,)) -
 def _defines(dtype: str, kv_dtype: str, kind: str | None, rows: int) -> dict[str, int]:
     stages, x_stages, _ = _layout(_BITS[kind], rows)
     codes = {} if kind is None else {f"WEIGHT_{kind.upper()}": 1}
+    cluster = {"CLUSTER": _CLUSTER[rows]} if _CLUSTER[rows] > 1 else {}
     kv_codes = {"KV_FP8": 1} if kv_dtype == "uint8" else {}
-    return {**cuda.DTYPE_DEFINES[dtype], "TOKENS": rows, **codes, "STAGES": stages, "X_STAGES": x_stages, **kv_codes}
+    return {**cuda.DTYPE_DEFINES[dtype], "TOKENS": rows, **codes, "STAGES": stages, "X_STAGES": x_stages, **cluster, **kv_codes}
 
 
 def shared_bytes(defines: dict[str, int]) -> int:
@@ -103,7 +105,7 @@ class Room:
     """What launches of so many rows need: as many CTAs as there are SMs, and a place to say that one was waited for in vain."""
 
     def __init__(self, rows: int) -> None:
-        self.rows, self.num_ctas = rows, _num_ctas()
+        self.rows, self.num_ctas = rows, _num_ctas() // _CLUSTER[rows] * _CLUSTER[rows]
         self.flag = cuda.pinned((1,), "uint32")  # where the device can write to and the host look without waiting
 
     def reset(self) -> None:
@@ -136,7 +138,7 @@ class Room:
         size, kernel = shared_bytes(defines), jit.kernel(SOURCE, NAME, **defines)
         kernel.max_dynamic_shared_size_bytes = size
         threads = 32 * (3 + (8 if self.rows < 64 else 4))  # warps that bring, and warps that multiply
-        launch_dependent(kernel, (self.num_ctas,), (threads,), (chain,), shared_mem=size)
+        launch_dependent(kernel, (self.num_ctas,), (threads,), (chain,), shared_mem=size, cluster=_CLUSTER[self.rows])
 
 
 def product(
@@ -149,7 +151,7 @@ def product(
     width, codes = _slice(bits, rows), weight if kind is None else weight.codes
     return {
         "weights": tensor_map.encode_slices(codes.data.ptr, num_rows, inner * bits // 8, STRIP, width * bits // 8),
-        "x": tensor_map.encode_slices(x, x_rows, 2 * inner, rows, 2 * width),
+        "x": tensor_map.encode_slices(x, x_rows, 2 * inner, rows, 2 * width // _CLUSTER[rows]),
         "scales": 0 if kind is None else weight.scales.data.ptr,
         "out": out,
         "num_rows": num_rows,

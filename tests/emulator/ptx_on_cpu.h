@@ -230,6 +230,14 @@ inline void tensor_copy_3d_hint(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long) {
   tensor_copy_3d(shared, map, x, y, z, barrier);
 }
+// A cluster is one CTA here.
+inline unsigned cluster_ctarank() { return 0; }
+inline void barrier_cluster_sync() { __syncthreads(); }
+inline void mbarrier_arrive_cluster(unsigned long long* barrier, unsigned) { mbarrier_arrive(barrier); }
+inline void tensor_copy_3d_multicast(
+    void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned short) {
+  tensor_copy_3d(shared, map, x, y, z, barrier);
+}
 inline void prefetch_tensormap(const TensorMap*) {}
 inline void fence_proxy_async_shared() { simt::fence_proxy_async(); }
 inline void fence_proxy_async_global() {}

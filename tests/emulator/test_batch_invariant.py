@@ -15,7 +15,7 @@ from cupaged.ops import numpy as reference_ops
 from cupaged.ops import products
 from cupaged.ops.invariant import BatchInvariant
 
-from .test_weight_stream import encode_slices
+from .test_weight_stream import alone, encode_slices
 
 BLOCK_SIZE, BLOCKS = 16, 60
 
@@ -23,6 +23,7 @@ BLOCK_SIZE, BLOCKS = 16, 60
 @pytest.fixture
 def make(ops, monkeypatch, tmp_path):
     monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
+    alone(monkeypatch)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name):

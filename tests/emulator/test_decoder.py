@@ -22,7 +22,7 @@ from cupaged.ops import cuda, products
 from cupaged.ops import numpy as reference_ops
 
 from .emulator import Kernel
-from .test_weight_stream import encode_slices
+from .test_weight_stream import alone, encode_slices
 
 LIMIT = {"bfloat16": 2e-2, "int8": 2e-2, "fp8": 6e-2}  # ||logits - reference|| / ||reference||, as in tests/gpu
 BLOCKS, BLOCK_SIZE = 24, 16
@@ -32,6 +32,7 @@ BLOCKS, BLOCK_SIZE = 24, 16
 def decoding(ops, monkeypatch, tmp_path):
     """Models on the emulated and on the NumPy operations, the first with a Decoder, and their pools."""
     monkeypatch.setattr(tensor_map, "encode_slices", encode_slices)
+    alone(monkeypatch)
     monkeypatch.setattr(products, "_num_ctas", lambda: 3)
 
     def make(name, kv_dtype="bfloat16", chained=True, quantization=None):
