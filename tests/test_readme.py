@@ -44,6 +44,19 @@ def attention_table(rows):
     return "\n".join(lines)
 
 
+def test_figures_of_decode_steps_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "scripts" / "results" / "decode_h100.json").read_text())["rows"]
+    lines = ["| Llama, batch x context, types of weights and K/V | a step | of the limit | tokens |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        if " w=" in row["case"] and "ms" in row:
+            figures = f"{row['ms']:.2f} ms | {row['share']:.0%} | {row['tok_s']:.0f} tok/s"
+            lines.append(f"| {row['case']} | {figures} |")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in text
+    [load] = [row for row in json.loads((ROOT / "scripts" / "results" / "load_h100.json").read_text())["rows"] if "s" in row]
+    assert f"in {load['s']:.1f} s" in text
+
+
 def test_every_file_that_is_named_exists():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:cupaged|cuda_src|attention|engine|ops|scripts|weights|tests)/[\w./]*)`", text)
