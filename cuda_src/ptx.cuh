@@ -170,22 +170,6 @@ __device__ __forceinline__ void red_add_release_gpu(unsigned* counter, unsigned 
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
-// A store that others see in a while, with no promise about this thread's others.
-__device__ __forceinline__ void store_relaxed_gpu(uint4* target, const uint4& value) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
-}
-
-// What is there now, for loops that wait for another CTA's store; nothing about its other stores.
-__device__ __forceinline__ uint4 load_relaxed_gpu(const uint4* source) {
-  uint4 value;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(source)
-               : "memory");
-  return value;
-}
-
 // What another CTA has counted; what that CTA wrote before its addition is there for this thread from here on.
 __device__ __forceinline__ unsigned load_acquire_gpu(const unsigned* counter) {
   unsigned value;
@@ -344,14 +328,7 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsi
                : "memory");
 }
 
-// The box of a 2-D tensor map at column x and row y, into shared memory at a multiple of 128 bytes (1024 where it swizzles).
-__device__ __forceinline__ void tensor_copy_2d(void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               :
-               : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
-               : "memory");
-}
-// The box of a 3-D tensor map.
+// The box of a 3-D tensor map at (x, y, z), into shared memory at a multiple of 128 bytes (1024 where it swizzles).
 __device__ __forceinline__ void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
                :
@@ -374,9 +351,6 @@ __device__ __forceinline__ void tensor_copy_4d(void* shared, const TensorMap* ma
           shared_address(shared)),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
       : "memory");
-}
-__device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // What this thread has done to shared memory (stores, cp.async that it has waited for, reads) comes before what the copy

@@ -10,8 +10,8 @@ constexpr int SLICE = TOKENS > 16 || WEIGHT_BITS == 16 ? 256 : TOKENS > 8 || WEI
 constexpr int X_BLOCK = 64, X_BLOCKS = SLICE / X_BLOCK;  // of 128 bytes, the width of a box
 constexpr int WEIGHT_BLOCK = 1024 / WEIGHT_BITS, WEIGHT_BLOCKS = SLICE / WEIGHT_BLOCK;
 constexpr int GROUPS = SLICE / GROUP;
-constexpr int STAGE_STRIPS = 4;               // of one slice, in a stage
-constexpr int TILE_STAGES = 6;                // of one slice, whose sums are in registers at once
+constexpr int STAGE_STRIPS = 4;  // of one slice, in a stage
+constexpr int TILE_STAGES = 6;   // of one slice, whose sums are in registers at once
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
 
 // How the consumers divide a stage: each has 16 tokens (or 8, twice), some of its strips, and all of the slice or half of it.

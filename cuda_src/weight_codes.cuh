@@ -55,7 +55,7 @@ __device__ __forceinline__ unsigned scalars_of_int8(unsigned word) {
 __device__ __forceinline__ unsigned scalars_of_fp8(unsigned word) {
 #if defined(DTYPE_BF16)
   const unsigned bits = lop3_and_or(word << 4, 0x07f007f0, word << 8 & 0x80008000);  // exponent and mantissa in their places
-  return mul_scalars(bits, 0x7b807b80);                                       // 2^120: exponents count from 127 and not from 7
+  return mul_scalars(bits, 0x7b807b80);  // 2^120: exponents count from 127 and not from 7
 #else
   return cvt_f16x2_e4m3x2(static_cast<unsigned short>(prmt(word, 0, 0x4420)));
 #endif

@@ -23,8 +23,7 @@
 // next product takes the second and multiplies its result by 1 / rms, which is known only once all rows have been written.
 //
 // Variants: DTYPE_BF16 | DTYPE_F16; TOKENS 8 | 16 | 32 | 64, the rows of x; WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4 for weights that are
-// such codes; STAGES, X_STAGES; CLUSTER, if not 1; KV_FP8 where pools hold such
-// codes.
+// such codes; STAGES, X_STAGES; CLUSTER, if not 1; KV_FP8 where pools hold such codes.
 #include "stream_finish.cuh"
 
 __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shared) {

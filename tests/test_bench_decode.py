@@ -218,6 +218,12 @@ def test_others_stand_beside_the_pages(bare, tmp_path, capsys, monkeypatch, quic
     assert "transformers 5 eager 100.00 ms" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [["--quantization", "int8"], ["--kv-cache-dtype", "fp8"]])
+def test_peers_of_other_types_are_refused(bare, capsys, other):
+    assert run(bare, "generate", "--batch", "1", "--peers", *other) == 2
+    assert "leave quantization and kv_cache_dtype out" in capsys.readouterr().err
+
+
 def test_peers_that_are_not_installed_are_refused(bare, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(bare, "generate", "--batch", "1", "--peers") == 2

@@ -46,7 +46,10 @@ def attention_table(rows):
 
 def test_figures_of_decode_steps_are_those_of_the_result_file():
     rows = json.loads((ROOT / "scripts" / "results" / "decode_h100.json").read_text())["rows"]
-    lines = ["| Llama, batch x context, types of weights and K/V | a step | of the limit | tokens |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| Llama, batch x context, types of weights and K/V | a step | of the limit | tokens |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in rows:
         if " w=" in row["case"] and "ms" in row:
             figures = f"{row['ms']:.2f} ms | {row['share']:.0%} | {row['tok_s']:.0f} tok/s"

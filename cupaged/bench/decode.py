@@ -69,6 +69,8 @@ def bench_decode(
         raise InvalidArgument("a contiguous cache is of the model's dtype; leave kv_cache_dtype out")
     if serve and (peers or cache != "paged"):
         raise InvalidArgument("peers and other caches are measured by the step, not by the request; leave them or serve out")
+    if peers and (arguments.get("quantization") or arguments.get("kv_cache_dtype", "auto") != "auto"):
+        raise InvalidArgument("peers have weights and K/V of the model's dtype; leave quantization and kv_cache_dtype out")
     of_peers: list[dict[str, float]] = [{}] * len(cases)
     if peers:
         check_peers()

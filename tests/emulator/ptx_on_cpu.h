@@ -116,14 +116,6 @@ inline T load_from_others(const T* source) {
 }
 
 inline void red_add_release_gpu(unsigned* counter, unsigned value) { atom_add_acq_rel_gpu(counter, value); }
-inline void store_relaxed_gpu(uint4* target, const uint4& value) {
-  while (simt::one_in(2)) simt::yield();
-  *target = value;
-}
-inline uint4 load_relaxed_gpu(const uint4* source) {
-  simt::yield();
-  return load_from_others(source);
-}
 
 inline void note_store(const void* target, int bytes) { simt::note_store(target, bytes); }
 
@@ -216,14 +208,11 @@ inline void cp_async_mbarrier_arrive_noinc(unsigned long long* barrier) { simt::
 inline void bulk_copy(void* shared, const void* global, unsigned bytes, unsigned long long* barrier) {
   simt::copy_bulk(shared, global, bytes, barrier);
 }
-inline void tensor_copy_2d(void* shared, const TensorMap* map, int x, int y, unsigned long long* barrier) {
-  static_assert(sizeof(simt::HostTensorMap) <= sizeof(TensorMap));
-  simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, 0, 0}, barrier);
-}
 inline void tensor_copy_4d(void* shared, const TensorMap* map, int x, int y, int z, int w, unsigned long long* barrier) {
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, w}, barrier);
 }
 inline void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier) {
+  static_assert(sizeof(simt::HostTensorMap) <= sizeof(TensorMap));
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, 0}, barrier);
 }
 inline void tensor_copy_3d_hint(
@@ -238,7 +227,6 @@ inline void tensor_copy_3d_multicast(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned short) {
   tensor_copy_3d(shared, map, x, y, z, barrier);
 }
-inline void prefetch_tensormap(const TensorMap*) {}
 inline void fence_proxy_async_shared() { simt::fence_proxy_async(); }
 inline void fence_proxy_async_global() {}
 inline void griddepcontrol_launch_dependents() {}  // a launch begins when the one before has ended

@@ -89,7 +89,6 @@ def test_steps_of_a_batch_that_grows_and_shrinks(decoding, ops, monkeypatch, nam
     for one, pool in zip((model, reference), pools, strict=True):
         one.forward(prefill, pool.k, pool.v, pool.scales)
     assert not model.decoder.takes(prefill)
-    steps = []
     for running in ([0], [0, 1, 2], [2, 1, 4, 0, 3], [3], [1, 0, 4]):
         for number in running:
             lengths[number] += 1
@@ -104,14 +103,11 @@ def test_steps_of_a_batch_that_grows_and_shrinks(decoding, ops, monkeypatch, nam
             one.forward(step, pool.k, pool.v, pool.scales) for one, pool in zip((model, reference), pools, strict=True)
         )
         assert got.shape == want.shape
-        steps.append((np.array(got), want))
+        error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+        assert error.max() <= LIMIT[kv_dtype]
         got[...] = np.nan
         model.check()
     assert set(model.decoder._graphs) == {1, 4, 8} | ({16} if not chained else set())
-    for got, want in steps:  # of tiny models single rows are off by up to three times as much as all together
-        assert (np.linalg.norm(got - want, axis=1) <= 3 * LIMIT[kv_dtype] * np.linalg.norm(want, axis=1)).all()
-    got, want = (np.concatenate(rows) for rows in zip(*steps, strict=True))
-    assert np.linalg.norm(got - want) <= LIMIT[kv_dtype] * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("chained", [True, False])

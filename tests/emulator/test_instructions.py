@@ -158,7 +158,7 @@ FETCH = {  # (arrivals at `full`, how a step is fetched)
       }"""),
     "tensor": (1, """if (thread == 0) {
         mbarrier_arrive_expect_tx(full, 4096);
-        for (int i = 0; i < 32; i += 8) tensor_copy_2d(stage + i * 32, &map, 0, step * 32 + i, full);
+        for (int i = 0; i < 32; i += 8) tensor_copy_3d(stage + i * 32, &map, 0, step * 32 + i, 0, full);
       }"""),
     "cp.async": (32, """for (int i = thread; i < 256; i += 32) cp_async_16(stage + 4 * i, x + step * 1024 + 4 * i);
       cp_async_mbarrier_arrive_noinc(full);"""),
@@ -174,7 +174,8 @@ def run_ring(text, way, body=None):
     out = np.zeros(1024, np.float32)
     count, fetch = FETCH[way]
     kernel = compile_with_ptx(text.replace("FULL", str(count)).replace("FETCH", body or fetch), "k")
-    kernel((1,), (THREADS,), (aligned, out, tensor_map(aligned.reshape(512, 32), (8, 32), swizzled=False)), 2 * 4096 + 32)
+    as_it_is = tensor_map(aligned.reshape(1, 512, 32), (1, 8, 32), swizzled=False)
+    kernel((1,), (THREADS,), (aligned, out, as_it_is), 2 * 4096 + 32)
     return np.abs(out - x.sum(axis=0, dtype=np.float64)).max() < 1e-4
 
 
@@ -281,7 +282,7 @@ def test_a_box_of_a_tensor_is_swizzled_and_zero_outside():
         mbarrier_init(barrier, 1);
         fence_mbarrier_init();
         mbarrier_arrive_expect_tx(barrier, 2048);
-        tensor_copy_2d(s, &map, x, y, barrier);
+        tensor_copy_3d(s, &map, x, y, 0, barrier);
       }
       __syncthreads();
       mbarrier_wait_parity(barrier, 0);
@@ -290,7 +291,15 @@ def test_a_box_of_a_tensor_is_swizzled_and_zero_outside():
     parameters = "uint4* out, int x, int y, const __grid_constant__ TensorMap map"
     padded = np.pad(x, ((16, 16), (64, 64)))
     for column, row in ((0, 0), (32, 24), (64, 30), (-8, -3)):
-        run(body, out, np.int32(column), np.int32(row), tensor_map(x, (16, 64)), parameters=parameters, threads=32)
+        run(
+            body,
+            out,
+            np.int32(column),
+            np.int32(row),
+            tensor_map(x[np.newaxis], (1, 16, 64)),
+            parameters=parameters,
+            threads=32,
+        )
         assert out.tolist() == padded[16 + row : 32 + row, 64 + column : 128 + column].tolist()
 
 

@@ -173,6 +173,22 @@ def test_products_of_quantised_weights(make, kinds, num_tokens, dtype):
         logits[...] = np.nan
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_one_product_of_quantised_weights(make, kind):
+    """Within what one product may be off by, against float64 on what the codes stand for."""
+    rng = np.random.default_rng([SEED, 56])
+    ops = make(5, "bfloat16", 3, max_products=9)
+    weights = Weights(rng, 512, 256, 256, 64, "bfloat16", make.memory.asarray)
+    weights.quantise(kind, kind)
+    ids, layer = make.memory.asarray(rng.integers(0, 64, 5).astype(np.int32)), weights.layers[0]
+    got = ops.norm_linear(ops.embedding(ids, weights.embed), layer["input_norm"], EPS, layer["qkv"], dtype="float32")
+    ops.flush()
+    x = weights.embed[ids].astype(np.float64)
+    x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * layer["input_norm"].astype(np.float64)
+    want = x @ weights.exact[id(layer["qkv"])].T
+    assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
+
+
 def test_a_token_does_not_depend_on_the_others(make):
     """The same bits in every company that takes the same kernel, and from every schedule."""
     rng = np.random.default_rng([SEED, 52])
