@@ -31,7 +31,7 @@ _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None) -> list[jit.Variant]:
     """The kernels of a Decoder, beside those of `ops.cuda`."""
-    step = attention.grids_of_device(config.head_dim, dtype, kv_dtype)[0].step
+    step = attention.kernel.STEP["sm80"]  # of decodes, on every device; to ask for a grid would compile a kernel first
     found = [(attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
     if products.takes(config, quantization):
         found += chain.variants(dtype, kv_dtype, kinds(quantization))
