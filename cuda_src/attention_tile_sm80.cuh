@@ -37,7 +37,7 @@ __device__ __forceinline__ unsigned query_pair(unsigned pair) {
   return pair;
 }
 
-// The queries of a row that a lane holds of columns 16 k .. 16 k + 15, two pairs, or 0.
+// The queries of a row that a lane holds of columns 16 k .. 16 k + 15, two pairs, or 0; as they are in memory.
 __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row, int k, bool there) {
   const auto* words = reinterpret_cast<const unsigned*>(row) + 8 * k;
   const int t = threadIdx.x % 4;
@@ -49,7 +49,7 @@ __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row
       pairs = {words[t], words[4 + t]};
     }
   }
-  return {query_pair(pairs.at[0]), query_pair(pairs.at[1])};
+  return pairs;
 }
 
 #if defined(KV_FP8) || defined(KV_INT8)
@@ -109,8 +109,8 @@ struct WarpTile {
 #pragma unroll
       for (int k = 0; k < HEAD_DIM / 16; k++) {
         const vec<unsigned, 2> pairs = query_pairs(from, k, row < rows.count);
-        q[k][h] = pairs.at[0];
-        q[k][2 + h] = pairs.at[1];
+        q[k][h] = query_pair(pairs.at[0]);
+        q[k][2 + h] = query_pair(pairs.at[1]);
       }
     }
 #ifdef MASK

@@ -451,9 +451,11 @@ __device__ __forceinline__ unsigned long long wgmma_descriptor(
 }
 
 #define OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define OUT_16(d, i) OUT_4(d, i), OUT_4(d, i + 4), OUT_4(d, i + 8), OUT_4(d, i + 12)
-#define OUT_32(d) OUT_16(d, 0), OUT_16(d, 16)
-#define OUT_64(d) OUT_32(d), OUT_16(d, 32), OUT_16(d, 48)
+#define OUT_8(d, i) OUT_4(d, i), OUT_4(d, i + 4)
+#define OUT_16(d) OUT_8(d, 0), OUT_8(d, 8)
+#define OUT_32(d) OUT_16(d), OUT_8(d, 16), OUT_8(d, 24)
+#define OUT_64(d) OUT_32(d), OUT_8(d, 32), OUT_8(d, 40), OUT_8(d, 48), OUT_8(d, 56)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_32                                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -465,16 +467,18 @@ __device__ __forceinline__ unsigned long long wgmma_descriptor(
 // d [64, N] = a [64, 16] times b [16, N], plus d where `accumulate`; float32 sums. A thread holds of d: with w its warp of the
 // four, g = lane / 4 and t = lane % 4, d[4 j + 2 h + i] is element (16 w + g + 8 h, 8 j + 2 t + i).
 // a and b from shared memory, both K-major:
-#define WGMMA_SHARED(name, type)                                                                             \
+#define WGMMA_SHARED(name, size, shape, type, a_desc, b_desc, flag)                                          \
   __device__ __forceinline__ void name(                                                                      \
-      float(&d)[64], unsigned long long a, unsigned long long b, int accumulate) {                           \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; " WGMMA("m64n128k16", type)                         \
-                 " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0; }"                                               \
-                 : OUT_64(d)                                                                                 \
+      float(&d)[size], unsigned long long a, unsigned long long b, int accumulate) {                         \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" flag ", 0; " WGMMA(shape, type) " {" NAMES_##size        \
+                 "}, %" a_desc ", %" b_desc ", p, 1, 1, 0, 0; }"                                             \
+                 : OUT_##size(d)                                                                             \
                  : "l"(a), "l"(b), "r"(accumulate));                                                         \
   }
-WGMMA_SHARED(wgmma_m64n128k16_bf16, "bf16")
-WGMMA_SHARED(wgmma_m64n128k16_f16, "f16")
+WGMMA_SHARED(wgmma_m64n128k16_bf16, 64, "m64n128k16", "bf16", "64", "65", "66")
+WGMMA_SHARED(wgmma_m64n128k16_f16, 64, "m64n128k16", "f16", "64", "65", "66")
+WGMMA_SHARED(wgmma_m64n32k16_bf16, 16, "m64n32k16", "bf16", "16", "17", "18")
+WGMMA_SHARED(wgmma_m64n32k16_f16, 16, "m64n32k16", "f16", "16", "17", "18")
 
 // a from registers, each warp's 16 rows as in mma_m16n8k16; b from shared memory, MN-major:
 #define WGMMA_REGISTERS(name, size, shape, type, a0, a1, a2, a3, desc, flag)                                 \

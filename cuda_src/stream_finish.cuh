@@ -1,10 +1,16 @@
 // What becomes of a tile's sums: in phases, by way of shared memory, octet by octet. An octet is a strip's 8 rows of one token.
 #pragma once
+#include "stream_products.cuh"
+#if WIDE
+#include "stream_sums_wide.cuh"
+#else
 #include "stream_sums.cuh"
+#endif
 
 constexpr int STAGE_OCTETS = STAGE_STRIPS * TOKENS;
 constexpr int ROUNDS = (PHASE_STAGES * STAGE_OCTETS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a phase, an octet a thread
 constexpr int ROW_ROUNDS = (TILE_ROWS + CONSUMER_THREADS - 1) / CONSUMER_THREADS;  // of a tile, a row a thread
+constexpr float LOG2_E = 1.44269504f;
 constexpr int AT_ONCE = TOKENS < 32 && ROUNDS > 1 ? 2 : 1;  // rounds, as far as registers go
 
 // Strips of a product, side by side.
@@ -47,13 +53,6 @@ __device__ __forceinline__ void store_rounded(T* target, const float* values) {
   }
 }
 
-// The sums of a phase, on their way from who has them to who finishes them.
-struct Turned {
-  float at[TOKENS][PHASE_ROWS + 4];
-  float squares[TILE_STAGES][TOKENS];
-};
-static_assert(sizeof(Turned) <= sizeof(XSlice));
-
 // All that the finishing of a product needs.
 struct Finishing {
   const Chain& chain;
@@ -95,7 +94,13 @@ struct Finishing {
 
   // The product's values of a strip's 8 rows.
   __device__ __forceinline__ vec<float, 8> values(const Turned& turned, int token, int column, int strip) const {
-    vec<float, 8> values = load<8>(&turned.at[token][column]);
+    vec<float, 8> values = load<8>(&turned.at[0][token][column]);
+#pragma unroll 1
+    for (int part = 1; part < INNER_PARTS; part++) {
+      const vec<float, 8> more = load<8>(&turned.at[part][token][column]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) values.at[i] += more.at[i];
+    }
     const vec<scalar, 8> bias = load<8>(&shared.bias[strip * STRIP]);
 #if WEIGHT_BITS == 8
     const vec<unsigned short, 8> scale = load<8>(&shared.row_scale[strip * STRIP]);
@@ -128,7 +133,7 @@ struct Finishing {
     vec<float, 8> gate = values(turned, octet.token, octet.column, octet.strip);
     const vec<float, 8> up = values(turned, octet.token, octet.column + STRIP, octet.strip + 1);
 #pragma unroll
-    for (int i = 0; i < 8; i++) gate.at[i] = gate.at[i] / (1.0f + expf(-gate.at[i])) * up.at[i];
+    for (int i = 0; i < 8; i++) gate.at[i] *= rcp_approx(1.0f + ex2_approx(-LOG2_E * gate.at[i])) * up.at[i];
     store_rounded<8>(place<scalar>(product.out, product.num_rows / 2, octet.row / 2, octet.token), gate.at);
   }
 
@@ -212,15 +217,10 @@ struct Finishing {
     for (int phase = 0; phase < TILE_STAGES / PHASE_STAGES; phase++) {
       const int first = phase * PHASE_STAGES;
       if (first * STAGE_STRIPS >= tile.count) continue;
+      named_barrier_sync(CONSUMERS, CONSUMER_THREADS);  // what was there has been read
 #pragma unroll
-      for (int part = 0; part < INNER_PARTS; part++) {
-        named_barrier_sync(CONSUMERS, CONSUMER_THREADS);  // what was there has been read, or is there
-        if (part != Sums::inner_part()) continue;
-#pragma unroll
-        for (int stage = 0; stage < PHASE_STAGES; stage++) {
-          if ((first + stage) * STAGE_STRIPS >= tile.count) continue;
-          sums.turn(first + stage, turned.at, stage * STAGE_STRIPS * STRIP, part > 0);
-        }
+      for (int stage = 0; stage < PHASE_STAGES; stage++) {
+        if ((first + stage) * STAGE_STRIPS < tile.count) sums.turn(first + stage, turned, stage * STAGE_STRIPS * STRIP);
       }
       if (phase == 0) {
 #pragma unroll

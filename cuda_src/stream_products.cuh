@@ -14,11 +14,16 @@ constexpr int STAGE_STRIPS = 4;  // of one slice, in a stage
 constexpr int TILE_STAGES = 6;   // of one slice, whose sums are in registers at once
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
 
-// How the consumers divide a stage: each has 16 tokens (or 8, twice), some of its strips, and all of the slice or half of it.
-constexpr int CONSUMER_WARPS = TOKENS < 64 ? 8 : 4;  // as far as registers go
+// Which instruction multiplies: wgmma where there are many tokens and weights are scalars as they are, else mma.sync.
+#define WIDE (TOKENS >= 16 && WEIGHT_BITS == 16)
+// How the consumers divide a stage by mma.sync: each has up to 16 tokens, some of its strips, and a part of the slice. The fewer
+// tokens, the more parts, so that each warp loads less of x: what shared memory gives in a second is what bounds them.
+constexpr int CONSUMER_WARPS = WIDE || TOKENS < 64 ? 8 : 4;  // as far as registers go
 constexpr int CONSUMER_THREADS = 32 * CONSUMER_WARPS, THREADS = CONSUMER_THREADS + 3 * 32;
-constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, INNER_PARTS = TOKENS > 16 ? 1 : 2;
+constexpr int TOKEN_PARTS = TOKENS < 16 ? 1 : TOKENS / 16, INNER_PARTS = WIDE ? 1 : 64 / TOKENS;
 constexpr int STRIP_PARTS = CONSUMER_WARPS / TOKEN_PARTS / INNER_PARTS, WARP_STRIPS = STAGE_STRIPS / STRIP_PARTS;
+// By wgmma a warpgroup has every other stage.
+constexpr int WARPGROUPS = WIDE ? 2 : 1;
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
@@ -94,9 +99,18 @@ struct Scales {  // and zeros, of a stage
 #define MOST_UNDER_WAY (48 * 1024 / static_cast<int>(sizeof(Stage)))
 #endif
 
+// The sums of a phase, on their way from who has them to who finishes them: each part of the inner dimension has its own.
+struct Turned {
+  float at[INNER_PARTS][TOKENS][PHASE_ROWS + 4];
+  float squares[TILE_STAGES][TOKENS];
+};
+
 struct Shared {
-  Stage weights[STAGES];
   XSlice x[X_STAGES];
+  Stage weights[STAGES];  // behind x: see stream_sums_wide.cuh
+#if !WIDE && TOKENS < 64
+  Turned turned;  // else in a slice of x that nobody needs any more
+#endif
 #if WEIGHT_BITS == 4
   Scales scales[STAGES];
 #endif

@@ -6,11 +6,13 @@
 //                    sums are whole, and it finishes them. It goes through x slice by slice, once for up to 24 strips.
 //
 //   a warp           strips of a slice --- tensor copies ---> | 16 KB | 16 KB | ... |--+
-//                    does not know what a product is: while the other                  |   the others: tokens are rows of an
-//                    warps wait at a join, the next weights land                       +-> mma.sync, a strip its columns
-//   a warp           waits for the product before,                                     |
+//                    does not know what a product is: while the other                  |   the others: few tokens, or codes, by
+//                    warps wait at a join, the next weights land                       +-> mma.sync (stream_sums.cuh), else by
+//   a warp           waits for the product before,                                     |   wgmma (stream_sums_wide.cuh)
 //                    x ------- tensor copies -----> | slice | slice | ... | -----------+     (of a cluster each CTA a part, to all)
 //   a warp           1 / rms of each token --------------------------------------------+
+//
+// What the ring gathers while a product is waited for is an advantage only as far as the consumers are faster than memory is.
 //
 // A product waits for the one before it by a count of CTAs, which whoever starts the step has set to zero; all CTAs are resident,
 // one an SM. A token's result does not depend on the others of a launch, nor on their number as long as the kernel is the same. A
@@ -160,15 +162,22 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
 #pragma unroll
         for (int stage = 0; stage < TILE_STAGES; stage++) {
           if (stage * STAGE_STRIPS >= count) continue;
-          mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);
-          sums.add(stage, shared, turn.stage, count - stage * STAGE_STRIPS, x);
-          release(&shared.weights_empty[turn.stage]);
+          if (Sums::has(stage)) {
+            mbarrier_wait_parity(&shared.weights_full[turn.stage], turn.parity);
+            sums.add(stage, shared, turn.stage, count - stage * STAGE_STRIPS, x);
+            release(&shared.weights_empty[turn.stage]);
+          }
           turn.advance();
         }
-        if (left == 1 && count) {  // nobody needs the slice any more: its room is for the sums
+        if (left == 1 && count) {
           mbarrier_wait_parity(&shared.factors_full[p], 0);
-          finishing.finish(sums, tile, ahead, reinterpret_cast<Turned&>(x));
+#if !WIDE && TOKENS < 64
+          finishing.finish(sums, tile, ahead, shared.turned);
+#else
+          static_assert(sizeof(Turned) <= sizeof(XSlice));
+          finishing.finish(sums, tile, ahead, reinterpret_cast<Turned&>(x));  // nobody needs the slice any more
           fence_proxy_async_shared();
+#endif
         }
         release_in_cluster(&shared.x_empty[x_turn.stage]);
         x_turn.advance();
@@ -186,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(&shared.weights_full[i], 1);
-      mbarrier_init(&shared.weights_empty[i], CONSUMER_WARPS);
+      mbarrier_init(&shared.weights_empty[i], CONSUMER_WARPS / WARPGROUPS);
     }
     for (int i = 0; i < X_STAGES; i++) {
       mbarrier_init(&shared.x_full[i], 1);

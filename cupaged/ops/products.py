@@ -71,6 +71,11 @@ def _slice(bits: int, rows: int) -> int:
     return 256 if rows > 16 or bits == 16 else 512 if rows > 8 or bits == 8 else 1024
 
 
+def _is_wide(bits: int, rows: int) -> bool:
+    """Whether wgmma multiplies, as stream_products.cuh says."""
+    return rows >= 16 and bits == 16
+
+
 def _layout(bits: int, rows: int) -> tuple[int, int, int]:
     """Stages of weights, as many as there is room for, and of x; bytes of shared memory."""
     width = _slice(bits, rows)
@@ -79,6 +84,8 @@ def _layout(bits: int, rows: int) -> tuple[int, int, int]:
     x_stages = min(max((32 << 10) // x_slice, 3), 6)
     per_row = 2 * (2 + (bits == 8))
     rest = x_stages * (x_slice + 16) + 16 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * _TILE_ROWS
+    if rows < 64 and not _is_wide(bits, rows):  # of sums that are finished
+        rest += 4 * (64 * (_TILE_ROWS // 2 + 4) + _TILE_ROWS // 32 * rows)
     stages = (_MOST_SHARED - rest) // (stage + 16)
     return stages, x_stages, -(-(rest + stages * (stage + 16)) // 1024) * 1024
 
@@ -137,7 +144,8 @@ class Room:
         defines = _defines(dtype, kv_dtype, kind, self.rows)
         size, kernel = shared_bytes(defines), jit.kernel(SOURCE, NAME, **defines)
         kernel.max_dynamic_shared_size_bytes = size
-        threads = 32 * (3 + (8 if self.rows < 64 else 4))  # warps that bring, and warps that multiply
+        bits = _BITS[kind]
+        threads = 32 * (3 + (8 if self.rows < 64 or _is_wide(bits, self.rows) else 4))  # warps that bring, and that multiply
         launch_dependent(kernel, (self.num_ctas,), (threads,), (chain,), shared_mem=size, cluster=_CLUSTER[self.rows])
 
 

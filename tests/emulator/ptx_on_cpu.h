@@ -262,6 +262,12 @@ inline void wgmma_m64n128k16_bf16(float (&d)[64], unsigned long long a, unsigned
 inline void wgmma_m64n128k16_f16(float (&d)[64], unsigned long long a, unsigned long long b, int accumulate) {
   simt::wgmma({128, true, false, accumulate != 0, a, b}, d, nullptr);
 }
+inline void wgmma_m64n32k16_bf16(float (&d)[16], unsigned long long a, unsigned long long b, int accumulate) {
+  simt::wgmma({32, false, false, accumulate != 0, a, b}, d, nullptr);
+}
+inline void wgmma_m64n32k16_f16(float (&d)[16], unsigned long long a, unsigned long long b, int accumulate) {
+  simt::wgmma({32, true, false, accumulate != 0, a, b}, d, nullptr);
+}
 inline void wgmma_m64n128k16_bf16_ra(float (&d)[64], const unsigned (&a)[4], unsigned long long b, int accumulate) {
   simt::wgmma({128, false, true, accumulate != 0, 0, b}, d, a);
 }
