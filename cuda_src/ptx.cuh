@@ -149,6 +149,14 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return reciprocal;
 }
 
+// threadIdx.x, but what is computed of it is computed where it stands: the compiler would do that far ahead, and run out of
+// registers in between.
+__device__ __forceinline__ int thread_here() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // ---- between CTAs -----------------------------------------------------------------------------------------------
 // Adds to a counter that CTAs share and gives what it was. What this CTA wrote before its last barrier is there for all whose
 // later addition sees this one.

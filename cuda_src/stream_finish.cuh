@@ -25,7 +25,7 @@ struct Octet {
   bool exists;
 
   __device__ __forceinline__ Octet(const Chain& chain, const Product& product, const Tile& tile, int phase, int round) {
-    const int number = round * CONSUMER_THREADS + threadIdx.x, stage = number / STAGE_OCTETS;
+    const int number = round * CONSUMER_THREADS + thread_here(), stage = number / STAGE_OCTETS;
     strip = (phase * PHASE_STAGES + stage) * STAGE_STRIPS + number % STAGE_STRIPS;
     token = number % STAGE_OCTETS / STAGE_STRIPS;
     row = row_of_strip(product, chain.append, tile.first + strip);
@@ -78,7 +78,7 @@ struct Finishing {
     Ahead ahead;
 #pragma unroll
     for (int i = 0; i < ROW_ROUNDS; i++) {
-      const int of_tile = threadIdx.x + i * CONSUMER_THREADS;
+      const int of_tile = thread_here() + i * CONSUMER_THREADS;
       const int row = row_of_strip(product, chain.append, tile.first + of_tile / STRIP) + of_tile % STRIP;
       const bool exists = of_tile < tile.count * STRIP && row < product.num_rows;
       ahead.bias[i] = exists && product.bias != nullptr ? product.bias[row] : from_float<scalar>(0);

@@ -11,7 +11,7 @@ constexpr int X_BLOCK = 64, X_BLOCKS = SLICE / X_BLOCK;  // of 128 bytes, the wi
 constexpr int WEIGHT_BLOCK = 1024 / WEIGHT_BITS, WEIGHT_BLOCKS = SLICE / WEIGHT_BLOCK;
 constexpr int GROUPS = SLICE / GROUP;
 constexpr int STAGE_STRIPS = 4;  // of one slice, in a stage
-constexpr int TILE_STAGES = 6;   // of one slice, whose sums are in registers at once
+constexpr int TILE_STAGES = WEIGHT_BITS == 4 && TOKENS == 64 ? 3 : 6;  // of one slice, whose sums are in registers at once: as far as those go
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
 
 // Which instruction multiplies: wgmma where there are many tokens and weights are scalars as they are, else mma.sync.

@@ -1,6 +1,6 @@
-// Weights as an mma's B operand takes them, 16 of the inner dimension by 8 rows: from scalars as they are, or from codes that lie as
-// quantize.cu puts them (WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4). Codes become scalars by their bits: no conversion has a rounding
-// but int4's last step. Scales of 8 bits are the rows', applied to the sums; those of 4 bits are applied here.
+// Weights as an mma takes them, 8 rows by 16 of the inner dimension: from scalars as they are, or from codes that lie as quantize.cu
+// puts them (WEIGHT_INT8, WEIGHT_FP8, WEIGHT_INT4). Codes become scalars by their bits, without rounding. Scales are applied to sums:
+// those of 8 bits, the rows', to whole ones, those of 4 bits to the sum over a group.
 #pragma once
 #include "dtypes.cuh"
 
@@ -15,30 +15,24 @@ constexpr int GROUP = 128;  // of the inner dimension, that share an int4 scale
 
 // Two scalars in a word.
 #if defined(DTYPE_BF16)
-constexpr unsigned ONES_PLACE = 0x43004300;  // 128, twice: a code or'ed to it is added to it
+constexpr unsigned ONES = 0x3f803f80, ONES_PLACE = 0x43004300;  // 1 and 128, twice: a code or'ed to the latter is added to it
+constexpr float PLACE = 128;
 __device__ __forceinline__ unsigned mul_scalars(unsigned a, unsigned b) { return mul_bf16x2(a, b); }
 __device__ __forceinline__ unsigned sub_scalars(unsigned a, unsigned b) { return sub_bf16x2(a, b); }
-__device__ __forceinline__ unsigned fma_scalars(unsigned a, unsigned b, unsigned c) { return fma_bf16x2(a, b, c); }
 #else
-constexpr unsigned ONES_PLACE = 0x64006400;  // 1024
+constexpr unsigned ONES = 0x3c003c00, ONES_PLACE = 0x64006400;
+constexpr float PLACE = 1024;
 __device__ __forceinline__ unsigned sub_scalars(unsigned a, unsigned b) { return sub_f16x2(a, b); }
-__device__ __forceinline__ unsigned fma_scalars(unsigned a, unsigned b, unsigned c) { return fma_f16x2(a, b, c); }
 #endif
 
-// int4's scale of a row and a group, and what a code of 8 stands for: less than the zero, so that it rounds better. Each twice.
+// int4's scale and zero of a row and a group, applied to the sum over the group of x times (PLACE + code), and to that of x.
 struct GroupScale {
-  unsigned scale, middle;
+  float scale, offset;
 
-  __device__ __forceinline__ explicit GroupScale(unsigned both) {
-#if defined(DTYPE_BF16)
-    const float scale_of = cvt_f32_f16(both & 0xffff), zero_of = cvt_f32_f16(both >> 16);
-    scale = cvt_rn_bf16x2(scale_of, scale_of);
-    middle = cvt_rn_bf16x2(zero_of + 8 * scale_of, zero_of + 8 * scale_of);
-#else
-    scale = prmt(both, 0, 0x1010);
-    middle = fma_f16x2(scale, 0x48004800, prmt(both, 0, 0x3232));
-#endif
+  __device__ __forceinline__ explicit GroupScale(unsigned both) : scale(cvt_f32_f16(both & 0xffff)) {
+    offset = fmaf(-PLACE, scale, cvt_f32_f16(both >> 16));
   }
+  __device__ __forceinline__ float operator()(float sum, float of_x) const { return fmaf(scale, sum, offset * of_x); }
 };
 
 // Two int8 codes, in bytes 0 and 2 of a word whose other bytes do not matter.
@@ -61,23 +55,21 @@ __device__ __forceinline__ unsigned scalars_of_fp8(unsigned word) {
 #endif
 }
 
-// Two int4 codes, in bits 0 to 3 and 16 to 19.
-__device__ __forceinline__ unsigned scalars_of_int4(unsigned word, const GroupScale& group) {
-  return fma_scalars(sub_scalars(lop3_and_or(word, 0x000f000f, ONES_PLACE), ONES_PLACE | 0x00080008), group.scale, group.middle);
-}
+// Two int4 codes, in bits 0 to 3 and 16 to 19, each more by PLACE.
+__device__ __forceinline__ unsigned scalars_of_int4(unsigned word) { return lop3_and_or(word, 0x000f000f, ONES_PLACE); }
 
-// B of one step, of the 32 / WEIGHT_BITS that four words of a lane hold.
-__device__ __forceinline__ void fragment(unsigned (&b)[2], const unsigned (&words)[4], int step, [[maybe_unused]] const GroupScale& group) {
+// 16 of the inner dimension, a step of the 32 / WEIGHT_BITS that four words of a lane hold.
+__device__ __forceinline__ void fragment(unsigned (&pairs)[2], const unsigned (&words)[4], int step) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
 #if defined(WEIGHT_INT4)
-    b[i] = scalars_of_int4(words[step / 2] >> 4 * (step % 2 * 2 + i), group);
+    pairs[i] = scalars_of_int4(words[step / 2] >> 4 * (step % 2 * 2 + i));
 #elif defined(WEIGHT_INT8)
-    b[i] = scalars_of_int8(words[step] >> 8 * i);
+    pairs[i] = scalars_of_int8(words[step] >> 8 * i);
 #elif defined(WEIGHT_FP8)
-    b[i] = scalars_of_fp8(words[step] >> 8 * i);
+    pairs[i] = scalars_of_fp8(words[step] >> 8 * i);
 #else
-    b[i] = words[2 * step + i];
+    pairs[i] = words[2 * step + i];
 #endif
   }
 }

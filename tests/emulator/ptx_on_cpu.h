@@ -90,6 +90,7 @@ inline unsigned short cvt_rp_f16(float x) {
   return nearest == 0x8000 ? 1 : nearest & 0x8000 ? nearest - 1 : nearest + 1;  // the next towards +infinity
 }
 inline float ex2_approx(float x) { return exp2f(x); }
+inline int thread_here() { return threadIdx.x; }
 inline float rcp_approx(float x) { return 1 / x; }
 
 // ---- between CTAs -----------------------------------------------------------------------------------------------
