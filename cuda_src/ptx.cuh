@@ -343,7 +343,11 @@ __device__ __forceinline__ void tensor_copy_3d(void* shared, const TensorMap* ma
                : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
                : "memory");
 }
-// The same by a policy.
+// Brings a tensor map, not what it describes, to where copies look for it.
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// tensor_copy_3d by a policy.
 __device__ __forceinline__ void tensor_copy_3d_hint(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long policy) {
   asm volatile(

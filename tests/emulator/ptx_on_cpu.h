@@ -216,6 +216,7 @@ inline void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int
   static_assert(sizeof(simt::HostTensorMap) <= sizeof(TensorMap));
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, 0}, barrier);
 }
+inline void prefetch_tensor_map(const TensorMap*) {}
 inline void tensor_copy_3d_hint(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long) {
   tensor_copy_3d(shared, map, x, y, z, barrier);
