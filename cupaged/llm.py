@@ -178,7 +178,7 @@ class LLM:
         with self._device:
             decoder = None if device_index is None or batch_invariant else importlib.import_module("cupaged.model.decoder")
             types = self.dtype, stored_as(self.kv_cache_dtype)
-            graphs = decoder.variants(self.config, *types, quantization) if decoder else []
+            graphs = decoder.variants(self.config, *types, quantization, max_num_seqs) if decoder else []
             also = [*graphs, *ops.variants_of_weights(kinds(quantization), self.dtype)]
             with ops.compiling(*types, self.config.head_dim, block_size, self.config.qk_norm, also):
                 weights = loading or _random_weights(self.config, ops, self.dtype)

@@ -29,12 +29,13 @@ _INPUTS = [(name, DRAWS[name]) for name in sorted(DRAWS.names, key=lambda name: 
 _INPUTS.append(("token_ids", np.dtype(np.int32)))
 
 
-def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None) -> list[jit.Variant]:
+def variants(config: ModelConfig, dtype: str, kv_dtype: str, quantization: str | None, max_num_seqs: int) -> list[jit.Variant]:
     """The kernels of a Decoder, beside those of `ops.cuda`."""
     step = attention.kernel.STEP["sm80"]  # of decodes, on every device; to ask for a grid would compile a kernel first
     found = [(attention.device_plan.SOURCE, attention.device_plan.NAME, {"STEP": step})]
     if products.takes(config, quantization):
-        found += chain.variants(dtype, kv_dtype, kinds(quantization))
+        most = min(_sizes(max_num_seqs)[-1], products.MOST_ROWS)
+        found += chain.variants(dtype, kv_dtype, kinds(quantization), most)
     if config.num_heads > config.num_kv_heads * DECODE_ROWS:  # decodes have tiles of prefill class
         found += attention.kernel.variants_of_device(dtype, config.head_dim, kv_dtype, batch_invariant=True)
     return found

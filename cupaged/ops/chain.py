@@ -18,9 +18,11 @@ Matrix = Array | QuantizedMatrix
 START_SOURCE, START_NAME = "stream_start.cu", "stream_start"
 
 
-def variants(dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,)) -> list[jit.Variant]:
+def variants(
+    dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,), most_rows: int = products.MOST_ROWS
+) -> list[jit.Variant]:
     """The kernels that a `Chain` can ask for beside those of `ops.cuda`, with weights of these kinds, pools of kv_dtype."""
-    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *products.variants(dtype, kv_dtype, kinds)]
+    return [(START_SOURCE, START_NAME, cuda.DTYPE_DEFINES[dtype]), *products.variants(dtype, kv_dtype, kinds, most_rows)]
 
 
 class Chain:

@@ -47,9 +47,12 @@ CHAIN = np.dtype(
 )
 
 
-def variants(dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,)) -> list[tuple[str, str, dict[str, int]]]:
-    """(source, kernel, defines) for every number of rows and kind of weights, where pools hold arrays of kv_dtype."""
-    return [(SOURCE, NAME, _defines(dtype, kv_dtype, kind, rows)) for kind in kinds for rows in _ROWS]
+def variants(
+    dtype: str, kv_dtype: str, kinds: Iterable[str | None] = (None,), most_rows: int = MOST_ROWS
+) -> list[tuple[str, str, dict[str, int]]]:
+    """(source, kernel, defines) for up to so many rows and every kind of weights, where pools hold arrays of kv_dtype."""
+    needed = _ROWS[: _ROWS.index(rows_for(most_rows)) + 1]
+    return [(SOURCE, NAME, _defines(dtype, kv_dtype, kind, rows)) for kind in kinds for rows in needed]
 
 
 def _defines(dtype: str, kv_dtype: str, kind: str | None, rows: int) -> dict[str, int]:

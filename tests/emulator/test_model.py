@@ -102,7 +102,7 @@ def test_what_is_compiled_at_the_start_is_what_a_request_takes(
     config = load_config(folder)
     also = ops.variants_of_weights(kinds(quantization), "bfloat16")
     if graphs:
-        also += decoder.variants(config, "bfloat16", stored_as(kv_dtype), quantization)
+        also += decoder.variants(config, "bfloat16", stored_as(kv_dtype), quantization, 4)
     with ops.compiling("bfloat16", stored_as(kv_dtype), config.head_dim, 16, config.qk_norm, also):
         model = Llama(config, open_weights(folder, config), ops, "bfloat16", 64, quantization)
     assert {name for _, name, _ in asked} == ({"quantize"} if quantization else set())
