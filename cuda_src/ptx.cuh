@@ -61,7 +61,8 @@ __device__ __forceinline__ void cp_async_4_or_zeros(void* shared, const void* gl
                : "memory");
 }
 
-// Brings the 128 bytes around an address nearer, into the L2 cache.
+// Brings the 128 bytes around an address nearer, into the L1 or the L2 cache.
+__device__ __forceinline__ void prefetch_global_l1(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
 __device__ __forceinline__ void prefetch_global_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Ends the group of this thread's copies issued since the last commit.

@@ -5,6 +5,7 @@
 inline unsigned char* shared_memory() { return static_cast<unsigned char*>(simt::shared_memory()); }
 inline void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16); }
 inline void cp_async_4(void* shared, const void* global) { simt::copy_async(shared, global, 4); }
+inline void prefetch_global_l1(const void*) {}
 inline void prefetch_global_l2(const void*) {}
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int N>
