@@ -4,7 +4,7 @@
 #include "stream_norm.cuh"
 #include "weight_codes.cuh"
 
-constexpr int STRIP = 8;  // rows of weights that an mma has as columns
+constexpr int STRIP = 8;  // rows of weights that lie side by side
 // Of the inner dimension: what of x is in shared memory at once. Longer where that is few bytes, of weights and of x.
 constexpr int SLICE = TOKENS > 16 || WEIGHT_BITS == 16 ? 256 : TOKENS > 8 || WEIGHT_BITS == 8 ? 512 : 1024;
 constexpr int X_BLOCK = 64, X_BLOCKS = SLICE / X_BLOCK;  // of 128 bytes, the width of a box

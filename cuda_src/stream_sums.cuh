@@ -10,7 +10,8 @@ constexpr int WARP_INNER = SLICE / INNER_PARTS;          // of a slice
 constexpr int LOADS = WARP_INNER / 32;                   // of x: an ldmatrix has 32 of the inner dimension of 8 tokens
 constexpr int HALVES = 2 * WARP_INNER / WEIGHT_BLOCK;    // of blocks of weights: what an ldmatrix has of a strip
 constexpr int STEPS = WEIGHT_BLOCK / 32;                 // of a half: an mma's inner dimension is 16
-constexpr int KEPT = WEIGHT_BITS == 4 && TOKENS > 8 ? 2 : TOKENS == 64 ? LOADS / 2 : LOADS;  // loads of x in registers, as far as those go
+// Loads of x that are in registers, as far as those go.
+constexpr int KEPT = WEIGHT_BITS == 4 && TOKENS > 8 ? 2 : TOKENS == 64 ? LOADS / 2 : LOADS;
 static_assert(PAIRS > 0 && LOADS * 2 == HALVES * STEPS, "a warp has whole pairs of strips and whole halves of blocks");
 
 // A warp's part of a tile: with g = lane / 4 and t = lane % 4, sum[stage][pair][octet][2 * h + i] is of row g of the pair's strip h
