@@ -8,9 +8,8 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from cupaged.engine.outputs import EngineStats, RequestOutput
 from cupaged.errors import CupagedError, InvalidArgument
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from cupaged.llm import LLM, Prompt
 
 logger = logging.getLogger("cupaged")
-
-_Record = TypeVar("_Record")
 
 
 class AsyncEngine:
@@ -311,14 +308,8 @@ class _Reader:
 
 
 def _snapshot(live: RequestOutput) -> RequestOutput:
-    """A copy that the engine does not change; the prompt is shared, for nobody changes that."""
-    outputs = [_copy(completion) for completion in live.outputs]
-    prompt_logprobs = None if live.prompt_logprobs is None else list(live.prompt_logprobs)
-    return replace(live, outputs=outputs, metrics=_copy(live.metrics), prompt_logprobs=prompt_logprobs)
-
-
-def _copy(record: _Record) -> _Record:
-    """The record with its lists. Once for each step and request, so quicker than dataclasses.replace."""
-    twin = object.__new__(type(record))
-    vars(twin).update({name: list(value) if type(value) is list else value for name, value in vars(record).items()})
+    """What the engine does not change; what it says of the prompt is shared, for that is complete before there is any."""
+    twin = object.__new__(RequestOutput)  # once for each step and request, so quicker than dataclasses.replace
+    outputs = [completion.snapshot() for completion in live.outputs]
+    vars(twin).update(vars(live), outputs=outputs, metrics=live.metrics.snapshot())
     return twin

@@ -133,8 +133,9 @@ class Chunks:
                 continue
             num_shown, num_tokens = self._shown.get(index, (0, 0))
             text = completion.text[num_shown:]
+            length = 0 if self._num_logprobs is None else len(completion.token_ids)  # asked for, it is a copy of all of them
             logprobs = None
-            if self._num_logprobs is not None and len(completion.token_ids) > num_tokens:
+            if length > num_tokens:
                 logprobs = _logprobs(self._url, completion, self._num_logprobs, self._tokenizer, num_tokens)
             if index not in self._shown and self._url == CHAT:
                 chunks.append(self._chunk(index, {"delta": {"role": "assistant", "content": ""}}))
@@ -144,7 +145,7 @@ class Chunks:
                 self._ended.add(index)
                 nothing = {"delta": {}} if self._url == CHAT else {"text": ""}
                 chunks.append(self._chunk(index, nothing, finish_reason=completion.finish_reason))
-            self._shown[index] = (len(completion.text), len(completion.token_ids))
+            self._shown[index] = (len(completion.text), length)
         return chunks
 
     def last(self) -> list[dict[str, Any]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import dataclasses
 import gc
 import itertools
+import pickle
 import random
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import tiny_models
 from op_cases import SEED
 
 from cupaged import LLM, AsyncEngine, CupagedError, InvalidArgument, RequestOutput, SamplingParams
+from cupaged.engine.outputs import CompletionOutput, Logprob, RequestMetrics
 
 
 def greedy(max_tokens: int) -> SamplingParams:
@@ -106,6 +111,69 @@ def test_snapshots_grow_and_stay_as_they_were(llm):
     out = seen[-1][0]
     assert (out.request_id, out.prompt, out.prompt_token_ids) == ("mine", "Hello", expected.prompt_token_ids)
     assert out.metrics.num_generated_tokens == 80
+
+
+def test_what_is_read_of_a_snapshot_later_is_what_there_was_then(llm):
+    params = SamplingParams(temperature=1, seed=3, max_tokens=30, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    expected = llm.generate("Hello", params)[0]
+
+    async def main() -> tuple[list[str], list[RequestOutput]]:
+        async with AsyncEngine(llm) as engine:
+            pairs = [(out.outputs[0].text, out) async for out in engine.generate("Hello", params)]
+            return [list(column) for column in zip(*pairs, strict=True)]
+
+    texts, seen = asyncio.run(main())
+    assert len(seen) > 3
+    for out, text in zip(seen, texts, strict=True):
+        completion, count = out.outputs[0], out.metrics.num_generated_tokens
+        assert completion.text == text
+        assert completion.token_ids == expected.outputs[0].token_ids[:count]
+        assert completion.logprobs == expected.outputs[0].logprobs[:count]
+        assert len(out.metrics.inter_token_times) == count - 1
+        assert out.prompt_logprobs == expected.prompt_logprobs
+    seen[-2].outputs[0].token_ids.append(7)  # it is the reader's
+    assert seen[-1].outputs == expected.outputs
+
+
+def grown(count: int) -> CompletionOutput:
+    return CompletionOutput(0, "ab" * count, list(range(count)), [{7: Logprob(-1.0, 1, "a")}] * count, -1.0 * count)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda output: output,
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
+        lambda output: pickle.loads(pickle.dumps(output)),
+        lambda output: output.snapshot(),
+    ],
+    ids=["itself", "copy", "deepcopy", "replace", "pickle", "snapshot"],
+)
+def test_a_snapshot_is_as_good_as_what_it_is_a_snapshot_of(same):
+    live, expected = grown(5), grown(5)
+    snapshot = live.snapshot()
+    live.token_ids.append(5)
+    live.logprobs.append({})
+    live.text += "ab"
+    snapshot = same(snapshot)
+    assert (repr(snapshot), snapshot) == (repr(expected), expected)
+    assert dataclasses.asdict(snapshot) == dataclasses.asdict(expected)
+    snapshot.token_ids.append(9)
+    assert live.token_ids == list(range(6))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = snapshot.nothing
+
+
+def test_a_snapshot_costs_the_same_however_much_there_is():
+    live, metrics = grown(10**6), RequestMetrics(0.0, inter_token_times=[0.1] * 10**6)
+    tracemalloc.start()
+    snapshots = [(live.snapshot(), metrics.snapshot()) for _ in range(100)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
+    assert [len(output.token_ids) for output, _ in snapshots] == [10**6] * 100
 
 
 def test_a_slow_reader_gets_the_end_and_delays_nobody(llm):

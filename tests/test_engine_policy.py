@@ -55,6 +55,99 @@ def test_content_outlives_its_owner_until_the_pool_needs_it():
     assert lost.num_computed == 0
 
 
+def run(scheduler, num_steps, token=0):
+    """Steps in which every sequence that has caught up gets `token` next."""
+    for _ in range(num_steps):
+        scheduled = scheduler.schedule()
+        scheduler.blocks.advance(scheduled)
+        for seq, _ in scheduled:
+            if seq.num_computed == seq.num_tokens:
+                seq.token_ids.append(token)
+
+
+@pytest.mark.parametrize("num_prompt", [2, 6, 9])
+@pytest.mark.parametrize("running", [True, False])
+def test_what_was_generated_is_found_while_its_sequence_runs_and_after(running, num_prompt):
+    scheduler = Scheduler(BlockManager(20, 4), 8, 64)
+    first = sequence(range(100, 100 + num_prompt))
+    scheduler.add(first)
+    run(scheduler, 14 - num_prompt)  # 13 tokens are computed
+    assert first.num_computed == 13
+    if not running:
+        scheduler.remove(first)
+    second = sequence([*first.token_ids[:13], 1])
+    scheduler.add(second)
+    scheduler.schedule()
+    assert second.num_cached == 12
+    if running:
+        assert second.page_table[:3] == first.page_table[:3]
+
+
+def test_of_equal_blocks_one_is_found_and_so_is_what_follows_the_other():
+    scheduler = Scheduler(BlockManager(40, 4), 8, 64)
+    one, two = sequence(range(9)), sequence(range(9))
+    scheduler.add(one)
+    scheduler.add(two)
+    run(scheduler, 1)
+    assert not set(one.page_table) & set(two.page_table)
+    one.token_ids[-1], two.token_ids[-1] = 50, 60
+    run(scheduler, 3)
+    for seq in (one, two, one):
+        again = sequence([*seq.token_ids[:12], 1])
+        scheduler.add(again)
+        scheduler.schedule()
+        assert again.num_cached == 12
+        scheduler.remove(again)
+        scheduler.remove(seq)
+    scheduler.blocks.validate([])
+    assert scheduler.blocks.num_cached == 2 + 2
+
+
+def test_what_follows_a_forgotten_block_does_not_follow_what_takes_its_place():
+    blocks = BlockManager(10, 4)
+    one, two, filler = sequence(range(9)), sequence(range(13)), sequence(range(50, 58))
+    for seq in (one, two, filler):  # side by side: the first two blocks of `two` are known as those of `one`
+        compute(blocks, seq)
+    second = one.page_table[1]
+    blocks.release(one)
+    other = sequence(range(100, 109))
+    compute(blocks, other)
+    assert second == other.page_table[1]
+    blocks.release(other)
+    blocks.release(filler)
+    blocks.validate([two])
+    last = sequence([*range(100, 108), *range(8, 13)])  # and then the third block of `two`
+    assert blocks.admit(last)
+    assert last.num_computed == 8
+
+
+def test_one_that_ended_in_the_step_is_passed_over():
+    scheduler = Scheduler(BlockManager(20, 4), 8, 64)
+    one, two = sequence(range(9)), sequence(range(50, 59))
+    scheduler.add(one)
+    scheduler.add(two)
+    scheduled = scheduler.schedule()
+    scheduler.remove(one)
+    scheduler.blocks.advance(scheduled)
+    assert two.num_computed == 9
+    scheduler.remove(one)
+    scheduler.remove(two)
+    assert (scheduler.blocks.num_used, scheduler.blocks.num_cached) == (0, 2)
+    scheduler.blocks.validate([])
+
+
+@pytest.mark.parametrize("num_blocks", [6, 5])
+def test_room_for_the_step_ahead_is_for_all_who_go_on_or_for_nobody(num_blocks):
+    scheduler = Scheduler(BlockManager(num_blocks, 4), 8, 64)
+    sequences = [sequence(range(10 * i, 10 * i + 3), most) for i, most in enumerate((9, 5, 9))]
+    for seq in sequences:
+        scheduler.add(seq)
+    run(scheduler, 1)
+    assert scheduler.schedule() == [(seq, 1) for seq in sequences]
+    assert scheduler.reserve(sequences) == ([0, 2] if num_blocks == 6 else [])  # the next token of the second is its last
+    assert len(sequences[1].page_table) == 1
+
+
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
     blocks = BlockManager(5, 4)
     first = sequence(range(16))
@@ -166,6 +259,18 @@ def test_a_fork_shares_blocks_and_the_first_to_write_takes_a_copy():
     assert blocks.num_used == 3
 
 
+def test_a_fork_needs_a_block_for_each_that_it_shares_and_may_write_to():
+    blocks = BlockManager(5, 4)
+    parent = sequence(range(6))
+    compute(blocks, parent)
+    assert blocks.grow(parent, 9)  # one block more than there are tokens for
+    child = blocks.fork(parent)
+    child.token_ids.append(7)
+    assert not blocks.grow(child, 7)
+    assert child.page_table == parent.page_table
+    blocks.validate([parent, child])
+
+
 def test_the_source_of_a_copy_is_kept_until_it_is_made():
     blocks = BlockManager(10, 4)
     parent = sequence(range(6))
@@ -207,6 +312,36 @@ def test_a_draft_that_does_not_fit_is_dropped_and_the_turn_kept():
     assert seq.draft == []
 
 
+def test_a_draft_without_a_turn_is_dropped():
+    scheduler = Scheduler(BlockManager(20, 4), 4, 6)
+    sequences = [sequence([1, 2, 3]), sequence([4, 5, 6])]
+    for seq in sequences:
+        scheduler.add(seq)
+    run(scheduler, 1)
+    scheduler.max_num_batched_tokens = 1
+    for seq in sequences:
+        seq.draft = [7]
+    assert scheduler.schedule() == [(sequences[0], 1)]
+    assert [seq.draft for seq in sequences] == [[], []]
+
+
+@pytest.mark.parametrize("max_chunk", [None, 1], ids=["decode", "prefill"])
+def test_one_that_makes_room_for_an_earlier_prefill_loses_its_turn(max_chunk):
+    blocks = BlockManager(7, 4)
+    scheduler = Scheduler(blocks, 4, 16)
+    parent, young = sequence(range(10)), sequence([1, 2, 3])
+    parent.max_chunk, young.max_chunk, young.priority = 1, max_chunk, 1
+    for seq in (parent, young):
+        scheduler.add(seq)
+    run(scheduler, 1)
+    child = scheduler.fork(parent)  # which will write to each of the three blocks that they share
+    assert blocks.num_free == 2
+    assert scheduler.schedule() == [(parent, 1), (child, 1)]
+    assert scheduler.waiting == [young]
+    blocks.copied()
+    blocks.validate([parent, child, young])
+
+
 def test_priority_goes_before_arrival_and_the_least_urgent_makes_room():
     blocks = BlockManager(5, 2)
     scheduler = Scheduler(blocks, 8, 64)
@@ -221,6 +356,19 @@ def test_priority_goes_before_arrival_and_the_least_urgent_makes_room():
     assert scheduler.schedule() == [(urgent, 1)]
     assert scheduler.waiting == [first]
     assert scheduler.num_preemptions == 1
+
+
+def test_the_peak_is_remembered():
+    blocks = BlockManager(20, 4)
+    one, two = sequence(range(9)), sequence(range(20, 25))
+    for seq in (one, two):
+        compute(blocks, seq)
+    assert blocks.peak_used == 5
+    blocks.release(one)
+    assert blocks.grow(two, 9)
+    assert (blocks.num_used, blocks.peak_used) == (3, 5)
+    blocks.shrink(two, 1)
+    assert (blocks.num_used, blocks.peak_used) == (1, 5)
 
 
 def test_waste_is_what_used_blocks_do_not_hold():

@@ -45,6 +45,7 @@ class History:
         seq = Sequence(list(prompt), len(prompt), len(prompt))
         if self.blocks.admit(seq):
             self._compute([(seq, len(prompt) - seq.num_computed)])
+            seq.num_computed = len(prompt)
             self.blocks.publish(seq)
             self.held.append(seq)
 
@@ -57,6 +58,7 @@ class History:
             one.token_ids.append(end)
             if self.blocks.grow(one, one.num_tokens):
                 self._compute([(one, 1)])
+                one.num_computed += 1
                 self.blocks.publish(one)
             else:
                 self.drop(one)
@@ -66,7 +68,10 @@ class History:
         self.held.remove(seq)
 
     def step(self, token, guesses=(), right=0, fork=False):
-        """One step of the engine: every caught-up sequence guesses `guesses`, of which the first `right` are accepted."""
+        """One step of the engine: every caught-up sequence guesses `guesses`, of which the first `right` are accepted.
+
+        Where all sequences decode and nobody guesses, room is reserved for the step ahead.
+        """
         for seq in self.scheduler.running:
             if seq.num_tokens - seq.num_computed == 1:
                 seq.draft = list(guesses[: seq.max_tokens - seq.num_tokens - 1])
@@ -79,15 +84,18 @@ class History:
         if any(seq not in decoding or count > 1 for seq, count in scheduled):
             left_out = set(decoding) - {seq for seq, _ in scheduled}
             assert not left_out & set(self.scheduler.running), "prefill or a guess went before a decode"
+        if not guesses and all(seq in decoding for seq, _ in scheduled):
+            self._reserve([seq for seq, _ in scheduled])
         self._compute(scheduled)
+        self.blocks.advance(scheduled)
         for seq, _ in scheduled:
             if seq.num_computed < seq.num_tokens:
-                self.blocks.publish(seq)
                 continue
-            seq.token_ids += seq.draft[:right]
-            seq.draft = []
-            self.blocks.shrink(seq, seq.num_tokens)
-            self.blocks.publish(seq)
+            if seq.draft:
+                seq.token_ids += seq.draft[:right]
+                seq.draft = []
+                self.blocks.shrink(seq, seq.num_tokens)
+                self.blocks.publish(seq)
             if fork and seq.num_tokens + 1 < seq.max_tokens:
                 child = self.scheduler.fork(seq)
                 child.token_ids.append(1 - token)
@@ -101,10 +109,16 @@ class History:
         seq = rng.choice(self.sequences)
         if rng.random() < 0.3 and seq in self.scheduler.running:
             self.blocks.fork(seq)  # and lost at once
-        call = rng.choice([self.scheduler.schedule, lambda: self.scheduler.remove(seq), lambda: self.scheduler.fork(seq)])
-        if call is not self.scheduler.schedule and seq not in self.scheduler.running:
-            call = self.scheduler.schedule
-        with contextlib.suppress(KeyboardInterrupt), interrupted_after(rng.randint(1, 60)):
+
+        def whole_step():
+            scheduled = self.scheduler.schedule()
+            self._compute(scheduled)
+            self.blocks.advance(scheduled)
+
+        call = rng.choice([whole_step, lambda: self.scheduler.remove(seq), lambda: self.scheduler.fork(seq)])
+        if call is not whole_step and seq not in self.scheduler.running:
+            call = whole_step
+        with contextlib.suppress(KeyboardInterrupt), interrupted_after(rng.randint(1, rng.choice([60, 400]))):
             call()
         self.scheduler.recover(self.held)
         forks = [one for one in self.scheduler.waiting if one not in self.sequences]
@@ -153,7 +167,13 @@ class History:
             # Attention reads every position up to here: each slot must hold this sequence's own history.
             for position in range(seq.num_computed + count):
                 assert self.written[seq.page_table[position // size], position % size] == tokens[: position + 1]
-            seq.num_computed += count
+
+    def _reserve(self, sequences):
+        going = [place for place, seq in enumerate(sequences) if seq.num_tokens + 1 < seq.max_tokens]
+        places = self.scheduler.reserve(sequences)
+        assert places in (going, [])
+        assert all(sequences[place].num_writable > sequences[place].num_tokens for place in places)
+        assert places or not going or self.blocks.num_free < len(going)
 
 
 @contextlib.contextmanager

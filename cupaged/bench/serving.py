@@ -230,7 +230,8 @@ def bench_policy(num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Leng
     """A row: microseconds a step of scheduling and block-keeping, without a model, with `num_seqs` sequences always running.
 
     Timed is all that an engine asks of the scheduler and the block manager in a step: remove what has ended, add what comes,
-    choose, allocate, publish what is full. As one sequence ends the next one comes, its prompt beside the others' decodes.
+    choose, allocate, reserve room for the step ahead where all decode (`Ahead`), and advance. As one sequence ends the next one
+    comes, its prompt beside the others' decodes.
     Medians are `us`, `schedule_us` (of it to choose and allocate) and `decode_us` (of the steps in which nothing came or went).
     """
     if num_seqs < 1 or steps < 1:
@@ -258,9 +259,9 @@ def bench_policy(num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Leng
         before = clock()
         scheduled = scheduler.schedule()
         choosing.append(clock() - before)
-        for seq, count in scheduled:
-            seq.num_computed += count
-            scheduler.blocks.publish(seq)
+        if quiet:
+            scheduler.reserve([seq for seq, _ in scheduled])
+        scheduler.blocks.advance(scheduled)
         seconds.append(clock() - start)
         if quiet and step >= warm_up:
             decoding.append(seconds[-1])

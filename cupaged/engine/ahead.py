@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.drawing import Work
+from cupaged.engine.scheduler import Scheduler
 from cupaged.engine.sequence import Sequence
 from cupaged.model.llama import Batch, Llama
 from cupaged.model.sampling import draws
@@ -46,9 +47,10 @@ class Ahead:
       whoever writes has a copy.
     """
 
-    def __init__(self, model: Llama, blocks: BlockManager) -> None:
-        self._model, self._blocks = model, blocks
+    def __init__(self, model: Llama, scheduler: Scheduler) -> None:
+        self._model, self._scheduler = model, scheduler
         self._next: Step | None = None
+        self.policy_s = 0.0  # in the scheduler and the block manager
 
     def begin(self, work: list[Work]) -> Step | None:
         """Queue the step of `work`, whose tokens are known; None where not all of it is the decoder's."""
@@ -60,14 +62,16 @@ class Ahead:
     def go_on(self, step: Step) -> None:
         """Queue the step after this one, whose tokens are not known yet, for all that their length does not end.
 
-        Nothing is queued where not all of them have room: somebody is about to be preempted.
+        Nothing is queued where not all of them have room.
         """
-        going = [place for place, seq in enumerate(step.sequences) if seq.num_tokens + 1 < seq.max_tokens]
-        sequences = [step.sequences[place] for place in going]
-        if sequences and all(self._blocks.grow(seq, seq.num_tokens + 1) for seq in sequences):
+        began = time.perf_counter()
+        going = self._scheduler.reserve(step.sequences)
+        self.policy_s += time.perf_counter() - began
+        if going:
             under = step.draws[going]
             under["position"] += 1
-            self._next = self._queue(sequences, under, [step.rows[place] for place in going])
+            sequences, rows = ([values[place] for place in going] for values in (step.sequences, step.rows))
+            self._next = self._queue(sequences, under, rows)
 
     def take(self, work: list[Work]) -> tuple[Step | None, list[Work], list[Work]]:
         """The step ahead as far as `work` is in it, None for not at all; the work that is in it, in order; and what is not."""
@@ -92,7 +96,7 @@ class Ahead:
         """A step of the last tokens of all, or with `rows` of those after them, drawn in these rows of the last step."""
         ahead = rows is not None
         lengths = np.array([seq.num_tokens for seq in sequences], np.int32) + np.int32(ahead)
-        num_pages = -(-lengths // self._blocks.block_size)
+        num_pages = -(-lengths // self._scheduler.blocks.block_size)
         tables = [seq.page_table[:count] for seq, count in zip(sequences, num_pages.tolist(), strict=True)]
         each = np.arange(len(sequences) + 1, dtype=np.int32)
         batch = Batch(

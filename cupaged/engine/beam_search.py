@@ -70,7 +70,7 @@ def beam_search(engine: Engine, token_ids: list[int], params: BeamSearchParams) 
     alive = [(Beam(), Sequence(list(token_ids), len(token_ids), len(token_ids) + num_new))]
     with engine.beside_the_scheduler():
         engine.others.add(alive[0][1])
-        if not engine.blocks.admit(alive[0][1]):
+        if not engine.blocks.admit(alive[0][1], engine.scheduler.running):
             raise _no_room()
         while alive and len(alive[0][0].token_ids) < num_new and not _is_decided(alive, finished, params, num_new):
             found: list[tuple[float, int, int]] = []  # minus the sum of log-probabilities, which beam, token

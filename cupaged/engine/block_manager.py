@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import itertools
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from cupaged.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Reference-counted blocks; full blocks are found again by the hash of all tokens up to their end.
+    """Reference-counted blocks; full blocks are found again by all tokens up to their end.
 
     Block 0 is never handed out: kernels may read or write it where a page id would otherwise be undefined. A block whose
     last owner leaves keeps its content until it is needed, least recently used first, so that a later sequence with
@@ -25,14 +24,18 @@ class BlockManager:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._caching = enable_prefix_caching
         self._owners = [0] * num_blocks
-        self._free = OrderedDict.fromkeys(range(1, num_blocks))  # in the order of reuse
-        self._salt = secrets.token_bytes(16)  # nobody outside can prepare two prompts of one hash
-        self._pack = struct.Struct(f"{block_size}q").pack
+        self._blank = list(range(num_blocks - 1, 0, -1))  # without an owner and nothing to lose: used first, from the end
+        self._cached: OrderedDict[int, None] = OrderedDict()  # without an owner, but to be found: used next, in this order
+        # The key to a full block: the number of the block before it (0: none), and its tokens. A block gets a new number when
+        # it is taken, so a number stands for all tokens up to there: what is found is equal, and not only of an equal hash.
+        self._numbers = itertools.count(1)
+        self._number_of = [0] * num_blocks
+        self._key = struct.Struct(f"q{block_size}i").pack
         self._block_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
+        self._key_of: list[bytes | None] = [None] * num_blocks  # of those that can be found
         self._copies: dict[int, int] = {}  # target -> source, whose owner each is too until `copied`
         self._readers: Counter[int] = Counter()  # source -> how many copies will be made of it
-        self.peak_used = 0
+        self._peak_used = 0  # up to when blocks were given back last
 
     @property
     def capacity(self) -> int:
@@ -42,16 +45,21 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks without an owner, cached ones included."""
-        return len(self._free)
+        return len(self._blank) + len(self._cached)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - 1 - len(self._free)
+        return self.num_blocks - 1 - self.num_free
+
+    @property
+    def peak_used(self) -> int:
+        """The most blocks that ever had an owner at a time."""
+        return max(self._peak_used, self.num_used)
 
     @property
     def num_cached(self) -> int:
         """Blocks without an owner whose content can still be found."""
-        return sum(block in self._hash_of for block in self._free)
+        return len(self._cached)
 
     def unused_slots(self, sequences: Iterable[Sequence]) -> int:
         """Slots of used blocks that hold no token: the pool's waste, the sequences being all that live."""
@@ -63,27 +71,32 @@ class BlockManager:
                 filled[block] = max(filled.get(block, 0), inside)
         return len(filled) * self.block_size - sum(filled.values())
 
-    def admit(self, seq: Sequence) -> bool:
-        """Give a sequence without blocks the cached ones of its prefix, and room for all its other tokens.
+    def admit(self, seq: Sequence, running: Iterable[Sequence] = ()) -> bool:
+        """Give a sequence without blocks those of its prefix, cached or owned by `running` ones, and room for all other tokens.
 
         At least one token is left to compute. False, and nothing changed, if the pool has no room.
         """
         found: list[int] = []
         if self._caching and seq.use_cache:
-            for index in range((seq.num_tokens - 1) // self.block_size):
-                block = self._block_of.get(self._hashes(seq, index + 1)[index])
+            before, size = 0, self.block_size
+            for start in range(0, seq.num_tokens - size, size):
+                block = self._block_of.get(self._key(before, *seq.token_ids[start : start + size]))
                 if block is None:
                     break
+                if not found:  # somebody begins like this one: see `advance`
+                    for other in running:
+                        if other.num_computed - other.num_published >= size:
+                            self.publish(other)
                 found.append(block)
+                before = self._number_of[block]
         num_shared = sum(self._owners[block] > 0 for block in found)
-        if -(-seq.num_tokens // self.block_size) - num_shared > len(self._free):
+        if -(-seq.num_tokens // self.block_size) - num_shared > self.num_free:
             return False
         for block in found:
             self._owners[block] += 1
             seq.page_table.append(block)
-            self._free.pop(block, None)
-        seq.num_published = len(found)
-        seq.num_computed = len(found) * self.block_size
+            self._cached.pop(block, None)
+        seq.num_computed = seq.num_published = len(found) * self.block_size
         return self.grow(seq, seq.num_tokens)
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
@@ -93,26 +106,25 @@ class BlockManager:
         """
         if num_tokens <= seq.num_writable:
             return True
-        table, first = seq.page_table, seq.num_computed // self.block_size
-        missing = max(0, -(-num_tokens // self.block_size) - len(table))
-        shared = [index for index in range(first, len(table)) if self._is_shared(table[index])]
-        if missing + len(shared) > len(self._free):
+        table, size = seq.page_table, self.block_size
+        first, end, pages = seq.num_computed // size, len(table), -(-num_tokens // size)
+        shared: list[int] = []
+        if first < end:  # else it begins a block, as most decodes do that get here
+            shared = [index for index in range(first, end) if self._is_shared(table[index])]
+            pages = max(pages, end)
+        if len(shared) + pages - end > len(self._blank) + len(self._cached):
             return False
         for index in shared:
             block, old = self._take(), table[index]
-            if index == first and seq.num_computed % self.block_size:
+            if index == first and seq.num_computed % size:
                 self._copies[block] = old  # inherits the ownership that the sequence gives up
                 self._readers[old] += 1
             else:
                 self._owners[old] -= 1  # nothing is in it
             table[index] = block
-            del self._free[block]
-        for _ in range(missing):
-            block = self._take()
-            table.append(block)
-            del self._free[block]  # off the free list last: see `reconcile`
-        seq.num_writable = len(table) * self.block_size
-        self.peak_used = max(self.peak_used, self.num_used)
+        while len(table) < pages:
+            table.append(self._take())
+        seq.num_writable = pages * size
         return True
 
     def copies(self) -> list[tuple[int, int]]:
@@ -121,8 +133,7 @@ class BlockManager:
 
     def copied(self) -> None:
         """The copies have been made."""
-        for source in self._copies.values():
-            self._disown(source)
+        self._disown(self._copies.values())
         self._copies.clear()
         self._readers.clear()
 
@@ -131,7 +142,7 @@ class BlockManager:
         seq.num_writable = 0
         for block in seq.page_table:
             self._owners[block] += 1
-        lists = {name: getattr(seq, name)[:] for name in ("token_ids", "page_table", "hashes")}
+        lists = {name: getattr(seq, name)[:] for name in ("token_ids", "page_table")}
         return replace(seq, **lists, draft=[])
 
     def shrink(self, seq: Sequence, num_tokens: int) -> None:
@@ -140,35 +151,50 @@ class BlockManager:
         if num_tokens >= seq.num_computed and keep >= len(seq.page_table):
             return
         seq.num_computed, seq.num_writable = min(seq.num_computed, num_tokens), 0
-        while len(seq.page_table) > keep:
-            self._disown(seq.page_table.pop())
+        self._disown(reversed(seq.page_table[keep:]))
+        del seq.page_table[keep:]
+
+    def advance(self, scheduled: Iterable[tuple[Sequence, int]]) -> None:
+        """The K/V of so many more tokens of each sequence are in the pool.
+
+        A sequence's first block is published once it is full. The others follow when somebody comes who begins with that one
+        (`admit`), or when the sequence gives its blocks back: nobody looks for them before.
+        """
+        for seq, count in scheduled:
+            seq.num_computed += count
+            if not seq.num_published and seq.num_computed >= self.block_size and seq.page_table:  # else it has ended meanwhile
+                self.publish(seq)
 
     def publish(self, seq: Sequence) -> None:
-        """Make the blocks that are full by now findable by content; call once their K/V are in the pool."""
-        full = seq.num_computed // self.block_size
-        if full == seq.num_published or not self._caching:
-            return
-        hashes = self._hashes(seq, full)
-        for index in range(seq.num_published, full):
-            block = seq.page_table[index]
-            # Of two blocks with the same content, computed side by side, the first stays the findable one.
-            if self._block_of.setdefault(hashes[index], block) == block:
-                self._hash_of[block] = hashes[index]
-        seq.num_published = full
+        """Make the blocks that are full of computed tokens, those of a draft not counted, findable by content."""
+        size, table, number_of = self.block_size, seq.page_table, self._number_of
+        first, full = seq.num_published // size, min(seq.num_computed, seq.num_tokens) // size
+        if self._caching:
+            before = number_of[table[first - 1]] if first else 0
+            for index in range(first, full):
+                block, key = table[index], self._key(before, *seq.token_ids[index * size : (index + 1) * size])
+                found = self._block_of.setdefault(key, block)
+                if found == block:
+                    self._key_of[block] = key
+                else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
+                    number_of[block] = number_of[found]
+                before = number_of[block]
+        seq.num_published = full * size
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks from the sequence; it may start over."""
+        """Take all blocks from the sequence, publishing the others where the first was published; it may start over."""
+        if seq.num_published and seq.page_table:
+            self.publish(seq)
         # Last block first: a prefix is worth more the nearer it is to its beginning.
-        for block in reversed(seq.page_table):
-            self._disown(block)
+        self._disown(reversed(seq.page_table))
         del seq.page_table[:]
         seq.num_computed = seq.num_published = seq.num_writable = 0
 
     def reconcile(self, sequences: Iterable[Sequence]) -> None:
         """Make the books anew from the page tables of all living sequences, after Ctrl-C in the midst of book-keeping.
 
-        It relies on the order of the lines above: a block is in a page table before it leaves the free list, and a copy is
-        noted before its target is in a page table.
+        It relies on the order of the lines above: before a block is in a page table its content has been forgotten, and noted
+        what is to be copied into it.
         """
         owners = [0] * self.num_blocks
         for seq in sequences:
@@ -179,17 +205,20 @@ class BlockManager:
         self._readers = Counter(self._copies.values())
         for source, count in self._readers.items():
             owners[source] += count
-        order = dict.fromkeys([*self._free, *range(1, self.num_blocks)])
         self._owners = owners
-        self._free = OrderedDict.fromkeys(block for block in order if owners[block] == 0)
-        self._hash_of = {block: content for content, block in self._block_of.items()}
+        self._key_of = [None] * self.num_blocks
+        for key, block in self._block_of.items():
+            self._key_of[block] = key
+        free = [block for block in [*self._cached, *range(1, self.num_blocks)] if owners[block] == 0]
+        self._blank = [block for block in set(free) if self._key_of[block] is None]
+        self._cached = OrderedDict.fromkeys(block for block in free if self._key_of[block] is not None)
 
     def validate(self, sequences: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the books agree with the page tables of all living sequences."""
         sequences, owners = list(sequences), [0] * self.num_blocks
         for seq in sequences:
             assert len(seq.page_table) * self.block_size >= seq.num_computed
-            assert seq.num_published * self.block_size <= seq.num_computed
+            assert seq.num_published <= seq.num_computed
             for block in seq.page_table:
                 owners[block] += 1
         for target, source in self._copies.items():
@@ -203,39 +232,42 @@ class BlockManager:
             assert last <= len(seq.page_table)
             assert not any(map(self._is_shared, seq.page_table[first:last]))
         assert owners[0] == 0
-        assert set(self._free) == {block for block in range(1, self.num_blocks) if owners[block] == 0}
-        assert {block: content for content, block in self._block_of.items()} == self._hash_of
+        free = [*self._blank, *self._cached]
+        assert sorted(free) == [block for block in range(1, self.num_blocks) if owners[block] == 0]
+        assert all(self._key_of[block] is None for block in self._blank)
+        assert None not in [self._key_of[block] for block in self._cached]
+        assert {key: block for block, key in enumerate(self._key_of) if key is not None} == self._block_of
+        assert len({self._number_of[block] for block in self._block_of.values()} - {0}) == len(self._block_of)
 
     def _is_shared(self, block: int) -> bool:
         """Whether several sequences have it. Being copied from does not count: copies are made before anyone writes."""
         return self._owners[block] - self._readers[block] > 1
 
     def _take(self) -> int:
-        """The block to be used next, its content forgotten; the caller removes it from the free list."""
-        block = next(iter(self._free))
-        content = self._hash_of.pop(block, None)
-        if content is not None:
-            del self._block_of[content]
+        """The block to be used next, its content forgotten."""
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._key_of[block]]
+            self._key_of[block] = None
+        self._number_of[block] = next(self._numbers)
         self._owners[block] = 1
         return block
 
-    def _disown(self, block: int) -> None:
-        """One owner less; without any the block is free."""
-        self._owners[block] -= 1
-        if self._owners[block]:
-            return
-        if block in self._copies:  # nobody needs the copy any more
-            source = self._copies.pop(block)
-            self._readers[source] -= 1
-            self._disown(source)
-        self._free[block] = None
-        if block not in self._hash_of:
-            self._free.move_to_end(block, last=False)  # nothing to lose: reuse it first
-
-    def _hashes(self, seq: Sequence, count: int) -> list[bytes]:
-        """Of the sequence's first `count` blocks at least: each sha256 of a block's tokens and the hash before it."""
-        hashes, size = seq.hashes, self.block_size
-        for start in range(len(hashes) * size, count * size, size):
-            before = hashes[-1] if hashes else self._salt
-            hashes.append(hashlib.sha256(before + self._pack(*seq.token_ids[start : start + size])).digest())
-        return hashes
+    def _disown(self, blocks: Iterable[int]) -> None:
+        """One owner less of each; those without any are free."""
+        self._peak_used = self.peak_used
+        owners, key_of = self._owners, self._key_of
+        for block in blocks:
+            owners[block] -= 1
+            if owners[block]:
+                continue
+            if block in self._copies:  # nobody needs the copy any more
+                source = self._copies.pop(block)
+                self._readers[source] -= 1
+                self._disown([source])
+            if key_of[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None

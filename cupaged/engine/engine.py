@@ -65,7 +65,7 @@ class Engine:
         self.eos_token_ids, self.max_model_len = eos_token_ids, max_model_len
         self.blocks = BlockManager(pool.num_blocks, pool.block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
-        self._ahead = Ahead(model, self.blocks)
+        self._ahead = Ahead(model, self.scheduler)
         self._proposer, self._max_draft = proposer, max_draft
         self._completions: dict[Sequence, Completion] = {}
         self._of_request: dict[int, list[Completion]] = {}  # by id(RequestOutput): those that have not ended
@@ -136,12 +136,15 @@ class Engine:
         began = time.perf_counter()
         try:
             self._propose()
-            proposed = time.perf_counter()
-            scheduled = self.scheduler.schedule()
-            self._policy_s += time.perf_counter() - proposed
+            with self._policy():
+                scheduled = self.scheduler.schedule()
             if scheduled:
                 self._copy_blocks()
-                self._advance([self._work(seq, count, began) for seq, count in scheduled])
+                drawn = self._draw([self._work(seq, count, began) for seq, count in scheduled])
+                with self._policy():
+                    self.blocks.advance(scheduled)
+                for each in drawn:
+                    self._hand_out(*each)
         except BaseException:
             self.recover()
             raise
@@ -166,7 +169,7 @@ class Engine:
             num_steps=self._num_steps,
             num_generated_tokens=self._num_generated,
             step_s=self._step_s,
-            policy_s=self._policy_s,
+            policy_s=self._policy_s + self._ahead.policy_s,
             num_drafts=drafts,
             num_draft_tokens=self._num_draft_tokens,
             num_accepted_tokens=sum(length * count for length, count in self._accepted.items()),
@@ -240,6 +243,13 @@ class Engine:
 
     # ---- a step
 
+    @contextmanager
+    def _policy(self) -> Iterator[None]:
+        """The time inside counts as the scheduler's and the block manager's."""
+        began = time.perf_counter()
+        yield
+        self._policy_s += time.perf_counter() - began
+
     def _propose(self) -> None:
         """Let every sequence that has but its last token to compute guess the next ones."""
         if self._proposer is None:
@@ -302,23 +312,22 @@ class Engine:
         batch = Batch(*arrays, np.frombuffer(b"".join(tables), np.int32))
         return self.model.forward(batch, self.pool.k, self.pool.v, self.pool.scales)
 
-    def _advance(self, work: list[Work]) -> None:
-        """Compute, draw tokens, and hand them out: plain decodes on a Decoder as `Ahead` says, the rest by `draw`."""
+    def _draw(self, work: list[Work]) -> list[tuple[list[Work], list[int], dict[int, Score]]]:
+        """Compute and draw tokens: plain decodes on a Decoder as `Ahead` says, the rest by `draw`. What to hand out to whom."""
         step, decodes, rest = self._ahead.take(work)
         if step is None and (step := self._ahead.begin(work)) is not None:
             decodes, rest = work, []
+        drawn = []
         if rest:
             wanted = [(item.completion.seq, item.draws) for item in rest]
             wanted += [(item.completion.seq, item.prompt) for item in rest]
             logits = self._forward([(item.completion.seq, item.count) for item in rest], wanted)
-            drawn = draw(self.model.ops, logits, rest)
+            drawn = [(rest, *draw(self.model.ops, logits, rest))]
         elif self._proposer is None:  # else the next step is likely to have drafts
             self._ahead.go_on(step)
         tokens = [] if step is None else step.tokens()
         self.model.check()  # the device is done with this step, and nothing has been handed out
-        self._hand_out(decodes, tokens, {})
-        if rest:
-            self._hand_out(rest, *drawn)
+        return [(decodes, tokens, {}), *drawn]
 
     def _hand_out(self, work: list[Work], tokens: list[int], scores: dict[int, Score]) -> None:
         """Move every completion on by what was computed and drawn for it."""
@@ -343,28 +352,23 @@ class Engine:
         self._taking = None
 
     def _take(self, item: Work, drawn: list[tuple[int, Score | None]], now: float) -> None:
-        began = time.perf_counter()
         completion, seq = item.completion, item.completion.seq
-        seq.num_computed += item.count
         given = [(completion, drawn)]
-        if not drawn:
-            self.blocks.publish(seq)
-        elif completion.siblings:
-            self.blocks.publish(seq)
-            takers = [completion, *self._fork(completion, len(drawn) - 1)]
+        if drawn and completion.siblings:
+            with self._policy():
+                takers = [completion, *self._fork(completion, len(drawn) - 1)]
             given = [(taker, [one]) for taker, one in zip(takers, drawn, strict=True)]
             for taker, [(token_id, _)] in given:
                 taker.seq.token_ids.append(token_id)
         elif seq.draft:
-            accepted = self._accept(seq, [token_id for token_id, _ in drawn])
-            self.blocks.shrink(seq, seq.num_tokens + accepted)
-            given = [(completion, drawn[: accepted + 1])]
-            seq.token_ids += [token_id for token_id, _ in given[0][1]]
-            self.blocks.publish(seq)
-        else:
-            self.blocks.publish(seq)
+            with self._policy():
+                accepted = self._accept(seq, [token_id for token_id, _ in drawn])
+                given = [(completion, drawn[: accepted + 1])]
+                self.blocks.shrink(seq, seq.num_tokens + accepted)
+                seq.token_ids += [token_id for token_id, _ in given[0][1]]
+                self.blocks.publish(seq)
+        elif drawn:
             seq.token_ids.append(drawn[0][0])
-        self._policy_s += time.perf_counter() - began
         for taker, received in given:
             for token_id, own_score in received:
                 self._num_generated += 1
@@ -389,6 +393,7 @@ class Engine:
     def _fork(self, completion: Completion, count: int) -> list[Completion]:
         """The first `count` siblings, on the blocks of the prompt; the others wait to find them in the prefix cache."""
         seq, prompt = completion.seq, completion.request.prompt_token_ids
+        self.blocks.publish(seq)  # once for all of them
         siblings: list[Completion] = []
         for output in completion.siblings:
             if len(siblings) < count:
@@ -406,9 +411,8 @@ class Engine:
         self._of_request.setdefault(id(completion.request), []).append(completion)
 
     def _finish(self, completion: Completion, reason: str, stop_reason: int | str | None) -> None:
-        began = time.perf_counter()
-        self.scheduler.remove(completion.seq)
-        self._policy_s += time.perf_counter() - began
+        with self._policy():
+            self.scheduler.remove(completion.seq)
         self._completions.pop(completion.seq, None)
         completion.end(reason, stop_reason)
         request = completion.request

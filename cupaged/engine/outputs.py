@@ -3,6 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+_Record = TypeVar("_Record", bound="_Grows")
+
+
+class _Grows:
+    """Something with lists that only ever get longer, all of them together; so a snapshot may share them.
+
+    A list of a snapshot is copied when it is asked for first: what nobody reads costs the same however long it is.
+    """
+
+    _lists: ClassVar[tuple[str, ...]]  # their names; as fields they have a factory, for a default would hide `__getattr__`
+
+    def snapshot(self: _Record) -> _Record:
+        """What there is now; it stays as it is, and belongs to whoever gets it."""
+        twin = object.__new__(type(self))
+        own = twin.__dict__ = self.__dict__.copy()
+        own["_whole"] = self, len(getattr(self, self._lists[0]))
+        for name in self._lists:
+            if own.get(name) is not None:
+                del own[name]
+        return twin
+
+    def __getattr__(self, name: str) -> Any:
+        """A list that a snapshot does not have yet."""
+        whole, length = self.__dict__.get("_whole", (None, 0))
+        if whole is None or name not in self._lists:
+            raise AttributeError(f"{type(self).__name__} has no {name}", name=name, obj=self)
+        copy = self.__dict__[name] = getattr(whole, name)[:length]
+        return copy
 
 
 @dataclass(frozen=True)
@@ -15,22 +45,24 @@ class Logprob:
 
 
 @dataclass
-class CompletionOutput:
+class CompletionOutput(_Grows):
     """One completion of a prompt: `text` without special tokens and stop string, `token_ids` all that was generated."""
 
+    _lists = ("token_ids", "logprobs")
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None  # by token id, for each of token_ids; None: not asked for
+    logprobs: list[dict[int, Logprob]] | None = field(default_factory=lambda: None)  # of token_ids, by id; None: not asked for
     cumulative_logprob: float | None = None  # of all of token_ids; None: not asked for
     finish_reason: str | None = None  # "stop" | "length" | "abort"; None: still running
     stop_reason: int | str | None = None  # the stop string or stop token id; None for the model's own end
 
 
 @dataclass
-class RequestMetrics:
+class RequestMetrics(_Grows):
     """Times in seconds of `time.perf_counter`; counts in tokens, generated ones over all completions."""
 
+    _lists = ("inter_token_times",)
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None

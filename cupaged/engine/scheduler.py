@@ -5,13 +5,12 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable
+from operator import attrgetter
 
 from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.sequence import Sequence
 
-
-def _rank(seq: Sequence) -> tuple[int, int]:
-    return seq.priority, seq.arrival
+_rank = attrgetter("priority", "arrival")
 
 
 class Scheduler:
@@ -54,6 +53,7 @@ class Scheduler:
             place = bisect.bisect_left(group, _rank(seq), key=_rank)
             if place < len(group) and group[place] is seq:
                 del group[place]
+                break
         self.blocks.release(seq)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
@@ -61,32 +61,52 @@ class Scheduler:
 
         The tokens are those of token_ids from num_computed on, then those of the draft, which is dropped where it has no room.
         """
-        chosen: dict[Sequence, int] = {}
-        preempted: set[Sequence] = set()
-        budget, prefills = self.max_num_batched_tokens, []
+        budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
+        decodes: list[tuple[Sequence, int]] = []
+        chunks: list[tuple[Sequence, int]] = []
+        prefills, guessing = [], False
+        enough = len(self.running) <= budget
         for seq in self.running:  # a preemption takes its last one
             missing = len(seq.token_ids) - seq.num_computed
             if missing > 1:
                 prefills.append(seq)
-            elif missing and budget and seq.num_computed < seq.num_writable:  # most decodes
-                chosen[seq] = 1
-                budget -= 1
-            else:
-                budget = self._choose(seq, budget, chosen, preempted)
-        for seq in prefills:
-            if seq not in preempted:
-                budget = self._choose(seq, budget, chosen, preempted)
-        if not preempted:  # whoever had to leave in this step does not come back in it
-            budget = self._admit(budget, chosen)
-        for seq in self.running:
-            # Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all.
-            count = chosen.get(seq, 0) + len(seq.draft)
-            if seq.draft and len(seq.draft) <= budget and seq in chosen and self.blocks.grow(seq, seq.num_computed + count):
-                chosen[seq] = count
-                budget -= len(seq.draft)
+            elif missing and (enough or len(decodes) < budget) and (seq.num_computed < seq.num_writable or self._grow(seq, 1)):
+                decodes.append((seq, 1))
+                if seq.draft:
+                    guessing = True
             else:
                 seq.draft.clear()
-        return list(chosen.items())
+        budget -= len(decodes)
+        for seq in prefills:
+            count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
+            if count and seq.page_table and self._grow(seq, count):
+                chunks.append((seq, count))
+                budget -= count
+            while decodes and not decodes[-1][0].page_table:  # preempted for this one
+                decodes.pop()
+                budget += 1
+        if self.num_preemptions == num_preemptions:  # whoever had to leave in this step does not come back in it
+            budget = self._admit(budget, chunks)
+        for place, (seq, _) in enumerate(decodes if guessing else ()):
+            # Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all.
+            count = len(seq.draft)
+            if count <= budget and self.blocks.grow(seq, seq.num_tokens + count):
+                decodes[place] = seq, 1 + count
+                budget -= count
+            else:
+                seq.draft.clear()
+        return decodes + chunks
+
+    def reserve(self, sequences: list[Sequence]) -> list[int]:
+        """Which of these decodes go on behind the token that they are about to get: their places; none if not all have room."""
+        going: list[int] = []
+        for place, seq in enumerate(sequences):
+            num_tokens = seq.num_computed + 2
+            if num_tokens < seq.max_tokens:
+                if num_tokens > seq.num_writable and not self.blocks.grow(seq, num_tokens):
+                    return []  # somebody is about to be preempted
+                going.append(place)
+        return going
 
     def recover(self, others: Iterable[Sequence] = ()) -> None:
         """After an exception (Ctrl-C too) at any place in a step: all sequences wait, to be computed again from their tokens.
@@ -100,11 +120,11 @@ class Scheduler:
             seq.draft.clear()
             self.blocks.release(seq)
 
-    def _admit(self, budget: int, chosen: dict[Sequence, int]) -> int:
+    def _admit(self, budget: int, chosen: list[tuple[Sequence, int]]) -> int:
         """Let waiting sequences run, in order, as far as `budget` and the pool reach; what is left of the budget."""
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            if self._refused == (seq, self.blocks.num_free) or not self.blocks.admit(seq):
+            if self._refused == (seq, self.blocks.num_free) or not self.blocks.admit(seq, self.running):
                 self._refused = (seq, self.blocks.num_free)  # a long prompt is not looked up in vain at every step
                 break
             if seq.num_cached < 0:  # else it finds what it computed itself before it was preempted
@@ -113,23 +133,17 @@ class Scheduler:
                 self.num_found += seq.num_computed
             bisect.insort(self.running, seq, key=_rank)
             del self.waiting[0]
-            chosen[seq] = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
-            budget -= chosen[seq]
+            count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
+            chosen.append((seq, count))
+            budget -= count
         return budget
 
-    def _choose(self, seq: Sequence, budget: int, chosen: dict[Sequence, int], preempted: set[Sequence]) -> int:
-        """Choose a running sequence with as many tokens as `budget` has, at the cost of later ones; what is left of it."""
-        count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
-        if count == 0:
-            return budget
+    def _grow(self, seq: Sequence, count: int) -> bool:
+        """Make room for the next `count` tokens of a running sequence, at the cost of later ones; False if it had to go."""
         while not self.blocks.grow(seq, seq.num_computed + count):
-            victim = self._preempt_last()
-            preempted.add(victim)
-            budget += chosen.pop(victim, 0)
-            if victim is seq:
-                return budget
-        chosen[seq] = count
-        return budget - count
+            if self._preempt_last() is seq:
+                return False
+        return True
 
     def _number(self, seq: Sequence) -> None:
         seq.arrival = next(self._arrivals)

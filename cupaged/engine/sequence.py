@@ -27,8 +27,7 @@ class Sequence:
     draft: list[int] = field(default_factory=list)  # guesses of the tokens after token_ids, to be verified in the next step
     num_writable: int = 0  # from num_computed up to here there is room, in blocks that no other sequence has
     num_cached: int = -1  # tokens that were found in the pool when it was admitted first; -1: not admitted yet
-    num_published: int = 0  # leading full blocks that the block manager knows by content
-    hashes: list[bytes] = field(default_factory=list)  # content hashes of leading full blocks, as far as anyone asked for them
+    num_published: int = 0  # leading tokens, in full blocks that can be found by their content
 
     @property
     def num_tokens(self) -> int:
