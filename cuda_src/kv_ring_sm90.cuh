@@ -5,18 +5,24 @@
 //   producer  --->  k[0] k[1] ... k[STAGES - 1]  --->  consumers  --->  producer
 //             --->  v[0] v[1] ... v[STAGES - 1]  --->
 //
+// wgmma takes no codes beside 16-bit queries. So with KV_FP8 what is copied are codes, into stages of their own, as many, and
+// the warp that has them copied turns them into tiles of float16:
+//
+//           landed (copies have)         full (converted)
+//   pages  ----->  codes[0] codes[1] ...  ----->  k[0] k[1] ...  --->  consumers, as above
+//
 // Steps go from a part's last positions to its first: those that need masks come first, while there is nothing to overlap.
 // K and V of a step have barriers of their own, because a step's V is needed only after the next step's K.
 #pragma once
-#include "dtypes.cuh"
-#include "work_list.cuh"
+#include "kv_dtypes.cuh"
 
 constexpr int WARPGROUP = 128;  // threads
 constexpr int CONSUMERS = 2;  // warpgroups
 constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
+constexpr int ROWS_AT_ONCE = 32 / PIECES;  // rows of which a warp moves all pieces by one instruction
 
-// Rows of HEAD_DIM elements as wgmma takes them with the 128-byte swizzle: in atoms of 8 rows x 64 columns, 1024 bytes, where
+// Rows of HEAD_DIM elements (scalars, or float16 of as many bytes, see kv_dtypes.cuh) as wgmma takes them with the 128-byte swizzle: in atoms of 8 rows x 64 columns, 1024 bytes, where
 // piece p (8 elements) of row r lies at p XOR r. So do tensor copies leave them: all rows of a page by one copy.
 template <int ROWS>
 struct SwizzledRows {
@@ -27,9 +33,14 @@ struct SwizzledRows {
   }
 };
 using KvTile = SwizzledRows<STEP>;
+using CodeTile = unsigned char[STEP][HEAD_DIM];  // as in the pages
 
 struct alignas(1024) KvRings {
   KvTile k[STAGES], v[STAGES];
+#ifdef KV_FP8
+  CodeTile k_codes[STAGES], v_codes[STAGES];
+  unsigned long long k_landed[STAGES], v_landed[STAGES];
+#endif
   unsigned long long k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];  // mbarriers
 
   // By one thread, before a barrier of the CTA.
@@ -39,6 +50,10 @@ struct alignas(1024) KvRings {
       mbarrier_init(&v_full[i], 1);
       mbarrier_init(&k_empty[i], CONSUMER_WARPS);
       mbarrier_init(&v_empty[i], CONSUMER_WARPS);
+#ifdef KV_FP8
+      mbarrier_init(&k_landed[i], 1);
+      mbarrier_init(&v_landed[i], 1);
+#endif
     }
   }
 };
@@ -105,13 +120,61 @@ __device__ __forceinline__ int page_of(const Params& params, int entry) {
   return 0;
 }
 
+#ifdef KV_FP8
+// By one warp. A lane turns one piece of a row after another; neither loads nor stores of a warp meet in a bank.
+__device__ __forceinline__ void convert(const CodeTile& codes, KvTile& tile) {
+  constexpr int AT_ONCE = 8;  // loads under way together
+  const int row = threadIdx.x % 32 / PIECES, piece = threadIdx.x % PIECES;
+#pragma unroll 1
+  for (int first = 0; first < STEP; first += AT_ONCE * ROWS_AT_ONCE) {
+    vec<unsigned, 2> words[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      words[i] = load<2>(reinterpret_cast<const unsigned*>(&codes[first + i * ROWS_AT_ONCE + row][8 * piece]));
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      unsigned low[2], high[2];
+      pairs_of_codes<0x3210>(low, words[i].at[0]);
+      pairs_of_codes<0x3210>(high, words[i].at[1]);
+      auto* to = reinterpret_cast<unsigned*>(tile.piece(first + i * ROWS_AT_ONCE + row, piece));
+      store(to, vec<unsigned, 4>{low[0], low[1], high[0], high[1]});
+    }
+  }
+}
+#endif
+
 // One warp's work, for K or for V: a lane copies a page, or STEP rows of it, by the copy engine. Pages that have no position of
 // the part are not read; of the others all rows are: what does not belong there is the consumers' affair.
-__device__ __forceinline__ void produce(
-    const Params& params, const TensorMap* map, KvTile* tiles, unsigned long long* full, unsigned long long* empty) {
+#ifdef KV_FP8
+__device__ __forceinline__ void produce(const Params& params, KvRings& rings, bool k) {
+  const auto* pool = static_cast<const unsigned char*>(k ? params.k_pool : params.v_pool);
+  CodeTile* codes = k ? rings.k_codes : rings.v_codes;
+  unsigned long long *landed = k ? rings.k_landed : rings.v_landed, *empty = k ? rings.k_empty : rings.v_empty;
+#else
+__device__ __forceinline__ void produce(const Params& params, KvRings& rings, bool k, const TensorMap* map) {
+  unsigned long long* empty = k ? rings.k_empty : rings.v_empty;
+#endif
+  KvTile* tiles = k ? rings.k : rings.v;
+  unsigned long long* full = k ? rings.k_full : rings.v_full;
   const int lane = threadIdx.x % 32, rows = min(1 << params.block_shift, STEP), slot = lane * rows;
   PartStream parts(params);
   Turn turn;
+#ifdef KV_FP8
+  // After `turn` has advanced: the step whose codes are in the stage that is next to be copied to. It was copied STAGES - 1
+  // steps ago, and these are under way meanwhile.
+  int steps = 0;
+  const auto convert_oldest = [&] {
+    if (++steps < STAGES) return;
+    const int stage = turn.stage;
+    mbarrier_wait_parity(&landed[stage], turn.parity ^ 1);
+    mbarrier_wait_parity(&empty[stage], turn.parity);
+    convert(codes[stage], tiles[stage]);
+    fence_proxy_async_shared();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&full[stage]);
+  };
+#endif
   for (Part part; parts.look(part); parts.advance()) {
     const long long first_page = static_cast<long long>(part.kv_head) * params.num_blocks;
     const auto wanted = [&](int position) {
@@ -122,17 +185,32 @@ __device__ __forceinline__ void produce(
 #pragma unroll 1
     for (; position >= first_step(part); position -= STEP) {
       const bool mine = wanted(position);
-      const unsigned bytes = __popc(__ballot_sync(0xffffffffu, mine)) * rows * HEAD_DIM * sizeof(scalar);
+      const unsigned bytes = __popc(__ballot_sync(0xffffffffu, mine)) * rows * HEAD_DIM * KV_BYTES;
       const int in_page = position + slot & (1 << params.block_shift) - 1;
-      const int row = static_cast<int>((first_page + page_of(params, entry) << params.block_shift) + in_page);
+      const long long row = (first_page + page_of(params, entry) << params.block_shift) + in_page;
       const int before = position - STEP;
       if (before >= first_step(part) && wanted(before)) entry = look_up(params, part, before + slot);
 
+#ifdef KV_FP8
+      if (lane == 0) mbarrier_arrive_expect_tx(&landed[turn.stage], bytes);
+      __syncwarp();
+      if (mine) bulk_copy(codes[turn.stage][slot], pool + row * HEAD_DIM, rows * HEAD_DIM, &landed[turn.stage]);
+      turn.advance();
+      convert_oldest();
+#else
       mbarrier_wait_parity(&empty[turn.stage], turn.parity ^ 1);
       if (lane == 0) mbarrier_arrive_expect_tx(&full[turn.stage], bytes);
       __syncwarp();
-      if (mine) tensor_copy_4d(tiles[turn.stage].at[slot / 8], map, 0, 0, 0, row / 8, &full[turn.stage]);
+      if (mine) tensor_copy_4d(tiles[turn.stage].at[slot / 8], map, 0, 0, 0, static_cast<int>(row / 8), &full[turn.stage]);
       turn.advance();
+#endif
     }
   }
+#ifdef KV_FP8
+#pragma unroll 1
+  for (int i = 1; i < STAGES; i++) {
+    turn.advance();
+    convert_oldest();
+  }
+#endif
 }

@@ -227,6 +227,18 @@ __device__ __forceinline__ unsigned sub_f16x2(unsigned a, unsigned b) {
   return difference;
 }
 
+// Of two bfloat16 each: the smaller and the larger, NaN where either is.
+__device__ __forceinline__ unsigned min_nan_bf16x2(unsigned a, unsigned b) {
+  unsigned smaller;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+  return smaller;
+}
+__device__ __forceinline__ unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+  unsigned larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 // a & b | c by one instruction: of constants it can have only one in itself, and the compiler takes two instructions instead.
 __device__ __forceinline__ unsigned lop3_and_or(unsigned a, unsigned b, unsigned c) {
   unsigned result;

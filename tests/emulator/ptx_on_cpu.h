@@ -171,6 +171,12 @@ inline unsigned mul_bf16x2(unsigned a, unsigned b) {
 inline unsigned sub_bf16x2(unsigned a, unsigned b) {
   return simt_bf16x2([=](auto at) { return at(a) - at(b); });
 }
+inline unsigned min_nan_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) != at(a) || at(b) != at(b) ? NAN : at(a) < at(b) ? at(a) : at(b); });
+}
+inline unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) != at(a) || at(b) != at(b) ? NAN : at(a) > at(b) ? at(a) : at(b); });
+}
 inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
   return simt_bf16x2([=](auto at) { return at(a) * at(b) + at(c); });
 }

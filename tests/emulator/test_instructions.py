@@ -96,6 +96,22 @@ def test_pairs_of_float16_and_bytes():
     assert (out[0] == 0xFFFF0000).all()
 
 
+def test_pairs_of_bfloat16():
+    rng = np.random.default_rng([SEED, 3])
+    a, b = (rng.standard_normal(2 * THREADS).astype(ml_dtypes.bfloat16) for _ in range(2))
+    a[:6], b[3:9] = [np.nan, np.inf, -np.inf] * 2, [np.nan, np.inf, -np.inf] * 2
+    out = np.zeros((2, THREADS), np.uint32)
+    body = """
+      int i = threadIdx.x;
+      out[i] = min_nan_bf16x2(a[i], b[i]);
+      out[128 + i] = max_nan_bf16x2(a[i], b[i]);
+    """
+    run(body, a.view(np.uint32), b.view(np.uint32), out, parameters="const unsigned* a, const unsigned* b, unsigned* out")
+    for row, function in zip(out, (np.minimum, np.maximum), strict=True):  # NaN where either is
+        wanted = function(a.astype(np.float32), b.astype(np.float32))
+        np.testing.assert_array_equal(row.view(ml_dtypes.bfloat16).astype(np.float32), wanted)
+
+
 # ---- copies of 4 bytes ---------------------------------------------------------------------------------------------------
 def test_copies_of_4_bytes():
     x = np.arange(1, THREADS + 1, dtype=np.float32)
