@@ -35,25 +35,26 @@ struct SwizzledRows {
 using KvTile = SwizzledRows<STEP>;
 using CodeTile = unsigned char[STEP][HEAD_DIM];  // as in the pages
 
+enum Ring { K, V };
+
 struct alignas(1024) KvRings {
-  KvTile k[STAGES], v[STAGES];
+  KvTile tiles[2][STAGES];  // of K, of V
 #ifdef KV_FP8
-  CodeTile k_codes[STAGES], v_codes[STAGES];
-  unsigned long long k_landed[STAGES], v_landed[STAGES];
+  CodeTile codes[2][STAGES];
+  unsigned long long landed[2][STAGES];
 #endif
-  unsigned long long k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];  // mbarriers
+  unsigned long long full[2][STAGES], empty[2][STAGES];  // mbarriers
 
   // By one thread, before a barrier of the CTA.
   __device__ __forceinline__ void init() {
-    for (int i = 0; i < STAGES; i++) {
-      mbarrier_init(&k_full[i], 1);
-      mbarrier_init(&v_full[i], 1);
-      mbarrier_init(&k_empty[i], CONSUMER_WARPS);
-      mbarrier_init(&v_empty[i], CONSUMER_WARPS);
+    for (int ring = 0; ring < 2; ring++) {
+      for (int i = 0; i < STAGES; i++) {
+        mbarrier_init(&full[ring][i], 1);
+        mbarrier_init(&empty[ring][i], CONSUMER_WARPS);
 #ifdef KV_FP8
-      mbarrier_init(&k_landed[i], 1);
-      mbarrier_init(&v_landed[i], 1);
+        mbarrier_init(&landed[ring][i], 1);
 #endif
+      }
     }
   }
 };
@@ -121,24 +122,26 @@ __device__ __forceinline__ int page_of(const Params& params, int entry) {
 }
 
 #ifdef KV_FP8
-// By one warp. A lane turns one piece of a row after another; neither loads nor stores of a warp meet in a bank.
+// By one warp. A lane turns one piece of a row after another; neither loads nor stores of a warp meet in a bank. Places differ
+// by constants but for the swizzle, which every eighth row has anew.
 __device__ __forceinline__ void convert(const CodeTile& codes, KvTile& tile) {
-  constexpr int AT_ONCE = 8;  // loads under way together
+  constexpr int AT_ONCE = 8, SWIZZLES = 8 / ROWS_AT_ONCE;  // loads under way together; places that are worked out
   const int row = threadIdx.x % 32 / PIECES, piece = threadIdx.x % PIECES;
+  const auto* from = reinterpret_cast<const unsigned*>(&codes[row][8 * piece]);
+  unsigned* to[SWIZZLES];
+  for (int i = 0; i < SWIZZLES; i++) to[i] = reinterpret_cast<unsigned*>(tile.piece(i * ROWS_AT_ONCE + row, piece));
 #pragma unroll 1
   for (int first = 0; first < STEP; first += AT_ONCE * ROWS_AT_ONCE) {
     vec<unsigned, 2> words[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      words[i] = load<2>(reinterpret_cast<const unsigned*>(&codes[first + i * ROWS_AT_ONCE + row][8 * piece]));
-    }
+    for (int i = 0; i < AT_ONCE; i++) words[i] = load<2>(from + (first + i * ROWS_AT_ONCE) * (HEAD_DIM / 4));
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       unsigned low[2], high[2];
       pairs_of_codes<0x3210>(low, words[i].at[0]);
       pairs_of_codes<0x3210>(high, words[i].at[1]);
-      auto* to = reinterpret_cast<unsigned*>(tile.piece(first + i * ROWS_AT_ONCE + row, piece));
-      store(to, vec<unsigned, 4>{low[0], low[1], high[0], high[1]});
+      const vec<unsigned, 4> pairs = {low[0], low[1], high[0], high[1]};
+      store(to[i % SWIZZLES] + (first + i / SWIZZLES * 8) * (HEAD_DIM / 2), pairs);
     }
   }
 }
@@ -146,17 +149,7 @@ __device__ __forceinline__ void convert(const CodeTile& codes, KvTile& tile) {
 
 // One warp's work, for K or for V: a lane copies a page, or STEP rows of it, by the copy engine. Pages that have no position of
 // the part are not read; of the others all rows are: what does not belong there is the consumers' affair.
-#ifdef KV_FP8
-__device__ __forceinline__ void produce(const Params& params, KvRings& rings, bool k) {
-  const auto* pool = static_cast<const unsigned char*>(k ? params.k_pool : params.v_pool);
-  CodeTile* codes = k ? rings.k_codes : rings.v_codes;
-  unsigned long long *landed = k ? rings.k_landed : rings.v_landed, *empty = k ? rings.k_empty : rings.v_empty;
-#else
-__device__ __forceinline__ void produce(const Params& params, KvRings& rings, bool k, const TensorMap* map) {
-  unsigned long long* empty = k ? rings.k_empty : rings.v_empty;
-#endif
-  KvTile* tiles = k ? rings.k : rings.v;
-  unsigned long long* full = k ? rings.k_full : rings.v_full;
+__device__ __forceinline__ void produce(const Params& params, const TensorMap* map, KvRings& rings, int ring) {
   const int lane = threadIdx.x % 32, rows = min(1 << params.block_shift, STEP), slot = lane * rows;
   PartStream parts(params);
   Turn turn;
@@ -167,12 +160,12 @@ __device__ __forceinline__ void produce(const Params& params, KvRings& rings, bo
   const auto convert_oldest = [&] {
     if (++steps < STAGES) return;
     const int stage = turn.stage;
-    mbarrier_wait_parity(&landed[stage], turn.parity ^ 1);
-    mbarrier_wait_parity(&empty[stage], turn.parity);
-    convert(codes[stage], tiles[stage]);
+    mbarrier_wait_parity(&rings.landed[ring][stage], turn.parity ^ 1);
+    mbarrier_wait_parity(&rings.empty[ring][stage], turn.parity);
+    convert(rings.codes[ring][stage], rings.tiles[ring][stage]);
     fence_proxy_async_shared();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&full[stage]);
+    if (lane == 0) mbarrier_arrive(&rings.full[ring][stage]);
   };
 #endif
   for (Part part; parts.look(part); parts.advance()) {
@@ -192,16 +185,19 @@ __device__ __forceinline__ void produce(const Params& params, KvRings& rings, bo
       if (before >= first_step(part) && wanted(before)) entry = look_up(params, part, before + slot);
 
 #ifdef KV_FP8
-      if (lane == 0) mbarrier_arrive_expect_tx(&landed[turn.stage], bytes);
+      const auto* pool = static_cast<const unsigned char*>(ring == K ? params.k_pool : params.v_pool);
+      unsigned long long* landed = &rings.landed[ring][turn.stage];
+      if (lane == 0) mbarrier_arrive_expect_tx(landed, bytes);
       __syncwarp();
-      if (mine) bulk_copy(codes[turn.stage][slot], pool + row * HEAD_DIM, rows * HEAD_DIM, &landed[turn.stage]);
+      if (mine) bulk_copy(rings.codes[ring][turn.stage][slot], pool + row * HEAD_DIM, rows * HEAD_DIM, landed);
       turn.advance();
       convert_oldest();
 #else
-      mbarrier_wait_parity(&empty[turn.stage], turn.parity ^ 1);
-      if (lane == 0) mbarrier_arrive_expect_tx(&full[turn.stage], bytes);
+      unsigned long long* full = &rings.full[ring][turn.stage];
+      mbarrier_wait_parity(&rings.empty[ring][turn.stage], turn.parity ^ 1);
+      if (lane == 0) mbarrier_arrive_expect_tx(full, bytes);
       __syncwarp();
-      if (mine) tensor_copy_4d(tiles[turn.stage].at[slot / 8], map, 0, 0, 0, static_cast<int>(row / 8), &full[turn.stage]);
+      if (mine) tensor_copy_4d(rings.tiles[ring][turn.stage].at[slot / 8], map, 0, 0, 0, static_cast<int>(row / 8), full);
       turn.advance();
 #endif
     }

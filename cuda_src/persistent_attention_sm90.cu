@@ -79,25 +79,25 @@ struct Consumer {
 
   // ---- prefill ----
   __device__ __forceinline__ void attend_values(WarpgroupTile& tile, const Part& part, int position) {
-    KvTile& values = shared.rings.v[v_turn.stage];
-    mbarrier_wait_parity(&shared.rings.v_full[v_turn.stage], v_turn.parity);
+    KvTile& values = shared.rings.tiles[V][v_turn.stage];
+    mbarrier_wait_parity(&shared.rings.full[V][v_turn.stage], v_turn.parity);
     if (clear_outside(values, part, position, 0, STEP, thread, WARPGROUP)) meet();
     tile.begin_values(values);
   }
   __device__ __forceinline__ void release_k() {
-    release(&shared.rings.k_empty[k_turn.stage]);
+    release(&shared.rings.empty[K][k_turn.stage]);
     k_turn.advance();
   }
   __device__ __forceinline__ void release_v() {
-    release(&shared.rings.v_empty[v_turn.stage]);
+    release(&shared.rings.empty[V][v_turn.stage]);
     v_turn.advance();
   }
 
   __device__ __forceinline__ void wait_for_keys() const {
-    mbarrier_wait_parity(&shared.rings.k_full[k_turn.stage], k_turn.parity);
+    mbarrier_wait_parity(&shared.rings.full[K][k_turn.stage], k_turn.parity);
   }
   __device__ __forceinline__ void begin_scores(WarpgroupTile& tile) const {
-    tile.begin_scores(shared.queries[number], shared.rings.k[k_turn.stage]);
+    tile.begin_scores(shared.queries[number], shared.rings.tiles[K][k_turn.stage]);
   }
 
   // Parts of prefill class, one after another as one sequence of steps, beginning with `part`. Leaves in it the first that is
@@ -221,9 +221,9 @@ struct Consumer {
     release(&room.empty);
     int position = last_step(part);
     for (;; position -= STEP) {
-      KvTile &keys = shared.rings.k[k_turn.stage], &values = shared.rings.v[v_turn.stage];
-      mbarrier_wait_parity(&shared.rings.k_full[k_turn.stage], k_turn.parity);
-      mbarrier_wait_parity(&shared.rings.v_full[v_turn.stage], v_turn.parity);
+      KvTile &keys = shared.rings.tiles[K][k_turn.stage], &values = shared.rings.tiles[V][v_turn.stage];
+      mbarrier_wait_parity(&shared.rings.full[K][k_turn.stage], k_turn.parity);
+      mbarrier_wait_parity(&shared.rings.full[V][v_turn.stage], v_turn.parity);
       if (clear_outside(values, part, position, slot, WARP_SLOTS, lane, 32)) __syncwarp();
       tile.attend(keys, values, slot, position + slot, scales.at[0]);
       if (position == first_step(part)) break;  // the last stage is needed below
@@ -256,7 +256,7 @@ struct Consumer {
   __device__ __forceinline__ float* partial_of_warp(int warp, int row, int d) const {
     constexpr int PLACES = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
     const int place = d / 32 % PLACES, slot = warp * WARP_SLOTS + row;
-    KvTile& tile = place < HALVES ? shared.rings.k[k_turn.stage] : shared.rings.v[v_turn.stage];
+    KvTile& tile = place < HALVES ? shared.rings.tiles[K][k_turn.stage] : shared.rings.tiles[V][v_turn.stage];
     return reinterpret_cast<float*>(tile.at[slot / 8][place % HALVES][slot % 8]) + (d / 4 % 8 ^ row % 8) * 4 + d % 4;
   }
 
@@ -376,9 +376,9 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP*(1 + CONSUMERS), 1) persi
     setmaxnreg_dec<PRODUCER_REGISTERS>();
     if (warp < 2) {
 #ifdef KV_FP8
-      produce(params, rings, warp == 0);
+      produce(params, nullptr, rings, warp);
 #else
-      produce(params, rings, warp == 0, warp == 0 ? &k_map : &v_map);
+      produce(params, warp == K ? &k_map : &v_map, rings, warp);
 #endif
     } else {
       bring_queries(params, shared.rooms[warp - 2], shared.queries[warp - 2], (warp - 2) * WARPGROUP_ROWS);

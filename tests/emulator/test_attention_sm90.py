@@ -112,9 +112,9 @@ def test_every_schedule_gives_the_same_bits(run, kv):
 
 
 MUTATIONS = {
-    "keys are not waited for": ("    mbarrier_wait_parity(&shared.rings.k_full[k_turn.stage], k_turn.parity);\n  }", "  }"),
+    "keys are not waited for": ("    mbarrier_wait_parity(&shared.rings.full[K][k_turn.stage], k_turn.parity);\n  }", "  }"),
     "values are not waited for": (
-        "    mbarrier_wait_parity(&shared.rings.v_full[v_turn.stage], v_turn.parity);\n    if (clear",
+        "    mbarrier_wait_parity(&shared.rings.full[V][v_turn.stage], v_turn.parity);\n    if (clear",
         "    if (clear",
     ),
     "scores are not waited for": ("wgmma_wait<1>();  // for the scores", ""),
@@ -122,7 +122,7 @@ MUTATIONS = {
         "  __device__ __forceinline__ void wait_for_values() {\n    wgmma_wait<0>();",
         "  __device__ __forceinline__ void wait_for_values() {",
     ),
-    "a stage is refilled in use": ("      mbarrier_wait_parity(&empty[turn.stage], turn.parity ^ 1);\n", ""),
+    "a stage is refilled in use": ("      mbarrier_wait_parity(&rings.empty[ring][turn.stage], turn.parity ^ 1);\n", ""),
     "queries are not fenced": ("convert_queries(tile);\n      fence_proxy_async_shared();", "convert_queries(tile);"),
     "queries are replaced in use": ("    mbarrier_wait_parity(&room.empty, turn ^ 1);\n", ""),
     "rows past the end are not cleared": ("    clear(max(part.kv_stop - position, slot), slot + count);\n", ""),
@@ -130,12 +130,12 @@ MUTATIONS = {
     "parts are counted before they are written": ("atom_add_acq_rel_gpu(counter, 1)", "atom_add_relaxed_gpu(counter, 1)"),
 }
 MUTATIONS_FP8 = {
-    "codes are not waited for": ("    mbarrier_wait_parity(&landed[stage], turn.parity ^ 1);\n", ""),
-    "a tile is written in use": ("    mbarrier_wait_parity(&empty[stage], turn.parity);\n", ""),
+    "codes are not waited for": ("    mbarrier_wait_parity(&rings.landed[ring][stage], turn.parity ^ 1);\n", ""),
+    "a tile is written in use": ("    mbarrier_wait_parity(&rings.empty[ring][stage], turn.parity);\n", ""),
     "tiles are not fenced": ("    fence_proxy_async_shared();\n    __syncwarp();\n", "    __syncwarp();\n"),
     "tiles are not finished": (
-        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(&full[stage]);",
-        "    if (lane == 0) mbarrier_arrive(&full[stage]);",
+        "    __syncwarp();\n    if (lane == 0) mbarrier_arrive(&rings.full[ring][stage]);",
+        "    if (lane == 0) mbarrier_arrive(&rings.full[ring][stage]);",
     ),
     "queries are not converted": ("      if constexpr (KV_BYTES == 1) convert_queries(tile);\n", ""),
     "rows past the end are not cleared": MUTATIONS["rows past the end are not cleared"],
