@@ -47,7 +47,7 @@ __device__ __forceinline__ void pairs_of_codes(unsigned (&pairs)[2], unsigned co
 #ifdef KV_FP8
   const unsigned ordered = SELECTED == 0x3210 ? codes : prmt(codes, 0, SELECTED);
   pairs[0] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(ordered));
-  pairs[1] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(ordered >> 16));
+  pairs[1] = cvt_f16x2_e4m3x2_upper(ordered);
 #else
   const unsigned above = codes ^ 0x80808080;  // code + 128; as the low byte of a float16 whose high byte is 0x64: 1024 more
   pairs[0] = sub_f16x2(prmt(above, 0x64646464, 0x4040 | (SELECTED & 0xf) | (SELECTED & 0xf0) << 4), 0x64806480);  // 1152

@@ -2,14 +2,14 @@
 // warpgroup copies from the pages, and what the consumers wait for and give back.
 //
 //                    full (copies have landed)            empty (all consumer warps are done)
-//   producer  --->  k[0] k[1] ... k[STAGES - 1]  --->  consumers  --->  producer
-//             --->  v[0] v[1] ... v[STAGES - 1]  --->
+//   producer  --->  tiles[K][0] ... [STAGES - 1]  --->  consumers  --->  producer
+//             --->  tiles[V][0] ... [STAGES - 1]  --->
 //
-// wgmma takes no codes beside 16-bit queries. So with KV_FP8 what is copied are codes, into stages of their own, as many, and
+// wgmma takes no codes beside 16-bit queries. So with KV_FP8 what is copied are codes, into as many stages of their own, and
 // the warp that has them copied turns them into tiles of float16:
 //
-//           landed (copies have)         full (converted)
-//   pages  ----->  codes[0] codes[1] ...  ----->  k[0] k[1] ...  --->  consumers, as above
+//             landed (copies have)               full (converted)
+//   producer  --->  codes[K][0] ... [STAGES - 1]  --->  tiles[K][0] ... [STAGES - 1]  --->  consumers, as above
 //
 // Steps go from a part's last positions to its first: those that need masks come first, while there is nothing to overlap.
 // K and V of a step have barriers of their own, because a step's V is needed only after the next step's K.
@@ -22,8 +22,9 @@ constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int ROWS_AT_ONCE = 32 / PIECES;  // rows of which a warp moves all pieces by one instruction
 
-// Rows of HEAD_DIM elements (scalars, or float16 of as many bytes, see kv_dtypes.cuh) as wgmma takes them with the 128-byte swizzle: in atoms of 8 rows x 64 columns, 1024 bytes, where
-// piece p (8 elements) of row r lies at p XOR r. So do tensor copies leave them: all rows of a page by one copy.
+// Rows of HEAD_DIM elements (scalars, or what is computed instead: see kv_dtypes.cuh) as wgmma takes them with the 128-byte
+// swizzle: in atoms of 8 rows x 64 columns, 1024 bytes, where piece p (8 elements) of row r lies at p XOR r. So do tensor
+// copies leave them: all rows of a page by one copy.
 template <int ROWS>
 struct SwizzledRows {
   scalar at[ROWS / 8][HEAD_DIM / 64][8][64];
@@ -148,7 +149,8 @@ __device__ __forceinline__ void convert(const CodeTile& codes, KvTile& tile) {
 #endif
 
 // One warp's work, for K or for V: a lane copies a page, or STEP rows of it, by the copy engine. Pages that have no position of
-// the part are not read; of the others all rows are: what does not belong there is the consumers' affair.
+// the part are not read; of the others all rows are: what does not belong there is the consumers' affair. Of codes there is no
+// map: a page is one run of bytes, in memory and in its stage.
 __device__ __forceinline__ void produce(const Params& params, const TensorMap* map, KvRings& rings, int ring) {
   const int lane = threadIdx.x % 32, rows = min(1 << params.block_shift, STEP), slot = lane * rows;
   PartStream parts(params);

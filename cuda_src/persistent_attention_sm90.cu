@@ -1,11 +1,13 @@
 // Paged attention of a whole step in one launch, for steps that have prefill rows, on Hopper (sm_90a). It means the same as
-// persistent_attention.cu, with tiles of 128 rows, steps of 128 positions and pages of 8 rows or more; K/V are of q's type or, with KV_FP8, float8_e4m3.
+// persistent_attention.cu, with tiles of 128 rows, steps of 128 positions and pages of 8 rows or more; K/V are of q's type or,
+// with KV_FP8, float8_e4m3.
 //
 //   warpgroup 0, producer                   shared memory                        warpgroups 1 and 2, consumers
 //   warp 0: pages of K  --tensor copies-->  ring of K (kv_ring_sm90.cuh)    -->  prefill: 64 rows each, every position
 //   warp 1: pages of V  --tensor copies-->  ring of V                       -->    (attention_tile_sm90.cuh)
 //   warps 2, 3: queries --cp.async------->  a room for each consumer        -->  decode: all rows, 16 positions a warp
 //   part after part, always ahead           (query_room_sm90.cuh)                  (decode_tile_sm90.cuh)
+//   KV_FP8: warps 0 and 1 copy codes, and turn them into the float16 tiles of the rings
 //
 //   prefill, one consumer    products   | S1 = Q K1, O += P0 V0 |              | S2 = Q K2, O += P1 V1 |            ...
 //                            the rest                  | P1 = softmax S1, rounded |           | P2 = softmax S2 ...
@@ -31,7 +33,7 @@ static_assert(sizeof(Shared) <= 232448, "as much as a CTA can have; see shared_b
 constexpr float LOG_2 = 0.693147181f;
 constexpr int PRODUCER_REGISTERS = KV_BYTES == 1 ? 72 : 56;  // a thread; conversions need some
 constexpr int CONSUMER_REGISTERS = KV_BYTES == 1 ? 216 : 224;
-static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168, "as many as the kernel begins with");
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (1 + CONSUMERS) * 168, "as the kernel begins with");
 
 enum NamedBarrier { TURN = 1, WARPGROUP_MEETS = 3, CONSUMERS_MEET = 5 };  // the first two of each consumer
 

@@ -283,6 +283,17 @@ __device__ __forceinline__ unsigned cvt_f16x2_e4m3x2(unsigned short codes) {
 #endif
 }
 
+// The same of the two upper codes of a word, which the instruction takes as they are.
+__device__ __forceinline__ unsigned cvt_f16x2_e4m3x2_upper(unsigned codes) {
+#if __CUDA_ARCH__ >= 890
+  unsigned pair;
+  asm("{ .reg .b16 lower, upper; mov.b32 {lower, upper}, %1; cvt.rn.f16x2.e4m3x2 %0, upper; }" : "=r"(pair) : "r"(codes));
+  return pair;
+#else
+  return f16x2_of_e4m3x2(static_cast<unsigned short>(codes >> 16));
+#endif
+}
+
 // To float8_e4m3, to nearest; what is too large becomes 448 and NaN 0x7f.
 __device__ __forceinline__ unsigned char cvt_e4m3_satfinite(float x) {
 #if __CUDA_ARCH__ >= 890

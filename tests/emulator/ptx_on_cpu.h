@@ -190,6 +190,7 @@ inline unsigned cvt_f16x2_e4m3x2(unsigned short codes) {
   auto convert = [](unsigned code) { return (code & 0x7f) == 0x7f ? 0x7fff : simt_half_bits(simt_e4m3(code)); };
   return convert(codes & 255) | convert(codes >> 8) << 16;
 }
+inline unsigned cvt_f16x2_e4m3x2_upper(unsigned codes) { return cvt_f16x2_e4m3x2(codes >> 16); }
 inline unsigned char cvt_e4m3_satfinite(float x) {
   if (x != x) return 0x7f;
   unsigned nearest = 0;  // of two as near the even one

@@ -42,11 +42,12 @@ def e4m3(codes):
     return codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("function", ["cvt_f16x2_e4m3x2", "f16x2_of_e4m3x2"])
+@pytest.mark.parametrize("function", ["cvt_f16x2_e4m3x2", "f16x2_of_e4m3x2", "cvt_f16x2_e4m3x2_upper"])
 def test_all_pairs_of_e4m3_codes_become_float16(function):
     codes = np.arange(65536, dtype=np.uint16)
+    argument = "codes[i] << 16 | 77" if "upper" in function else "codes[i]"
     pairs = np.zeros(65536, np.uint32)
-    run(f"int i = blockIdx.x * 128 + threadIdx.x; pairs[i] = {function}(codes[i]);", codes, pairs,
+    run(f"int i = blockIdx.x * 128 + threadIdx.x; pairs[i] = {function}({argument});", codes, pairs,
         parameters="const unsigned short* codes, unsigned* pairs", grid=(512,))  # fmt: skip
     wanted = e4m3(codes.view(np.uint8)).astype(np.float16)
     wanted = np.where(np.isnan(wanted), np.uint16(0x7FFF).view(np.float16), wanted)
