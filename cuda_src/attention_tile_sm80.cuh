@@ -7,36 +7,6 @@
 constexpr int ROWS = 16;  // of a block, the rows of an mma
 constexpr int Q_BYTES = 2 * HEAD_DIM;  // of a row of queries
 
-// What is multiplied: 8-bit K/V are computed in float16.
-#if defined(DTYPE_BF16)
-constexpr bool COMPUTE_BF16 = KV_BYTES == 2;
-#else
-constexpr bool COMPUTE_BF16 = false;
-#endif
-
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  if constexpr (COMPUTE_BF16) {
-    mma_m16n8k16_bf16(c, a, b0, b1);
-  } else {
-    mma_m16n8k16_f16(c, a, b0, b1);
-  }
-}
-
-__device__ __forceinline__ unsigned round_pair(float low, float high) {
-  return COMPUTE_BF16 ? cvt_rn_bf16x2(low, high) : cvt_rn_f16x2(low, high);
-}
-
-// A pair of queries as they are multiplied: bfloat16 to float16, of which the largest number is 65504.
-__device__ __forceinline__ unsigned query_pair(unsigned pair) {
-#if defined(DTYPE_BF16)
-  if constexpr (!COMPUTE_BF16) {
-    auto saturated = [](float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; };
-    return cvt_rn_f16x2(saturated(__uint_as_float(pair << 16)), saturated(__uint_as_float(pair & 0xffff0000)));
-  }
-#endif
-  return pair;
-}
-
 // The queries of a row that a lane holds of columns 16 k .. 16 k + 15, two pairs, or 0; as they are in memory.
 __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row, int k, bool there) {
   const auto* words = reinterpret_cast<const unsigned*>(row) + 8 * k;
@@ -51,22 +21,6 @@ __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row
   }
   return pairs;
 }
-
-#if defined(KV_FP8) || defined(KV_INT8)
-// Four codes, of the bytes that SELECTED names, as two pairs of float16.
-template <unsigned SELECTED>
-__device__ __forceinline__ void pairs_of_codes(unsigned (&pairs)[2], unsigned codes) {
-#ifdef KV_FP8
-  const unsigned ordered = SELECTED == 0x3210 ? codes : prmt(codes, 0, SELECTED);
-  pairs[0] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(ordered));
-  pairs[1] = cvt_f16x2_e4m3x2(static_cast<unsigned short>(ordered >> 16));
-#else
-  const unsigned above = codes ^ 0x80808080;  // code + 128; as the low byte of a float16 whose high byte is 0x64: 1024 more
-  pairs[0] = sub_f16x2(prmt(above, 0x64646464, 0x4040 | (SELECTED & 0xf) | (SELECTED & 0xf0) << 4), 0x64806480);  // 1152
-  pairs[1] = sub_f16x2(prmt(above, 0x64646464, 0x4040 | (SELECTED >> 8 & 0xf) | (SELECTED >> 4 & 0xf00)), 0x64806480);
-#endif
-}
-#endif
 
 // With g = lane / 4 and t = lane % 4, a lane holds of rows g and g + 8 (index i or half h = 0, 1) and of scores of every 8 positions
 // j the positions 8 j + 2 t and the next: x[j][2 * h], x[j][2 * h + 1]. Of the output it holds HEAD_DIM / 4 / VECTOR vectors of

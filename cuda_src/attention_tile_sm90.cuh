@@ -26,34 +26,26 @@ __device__ __forceinline__ unsigned long long further(unsigned long long descrip
 }
 
 __device__ __forceinline__ void multiply_keys(float (&score)[64], unsigned long long q, unsigned long long k, int accumulate) {
-#if defined(DTYPE_BF16)
-  wgmma_m64n128k16_bf16(score, q, k, accumulate);
-#else
-  wgmma_m64n128k16_f16(score, q, k, accumulate);
-#endif
+  if constexpr (COMPUTE_BF16) {
+    wgmma_m64n128k16_bf16(score, q, k, accumulate);
+  } else {
+    wgmma_m64n128k16_f16(score, q, k, accumulate);
+  }
 }
 
 __device__ __forceinline__ void multiply_values(float (&out)[64], const unsigned (&weight)[4], unsigned long long v) {
-#if defined(DTYPE_BF16)
-  wgmma_m64n128k16_bf16_ra(out, weight, v, 1);
-#else
-  wgmma_m64n128k16_f16_ra(out, weight, v, 1);
-#endif
+  if constexpr (COMPUTE_BF16) {
+    wgmma_m64n128k16_bf16_ra(out, weight, v, 1);
+  } else {
+    wgmma_m64n128k16_f16_ra(out, weight, v, 1);
+  }
 }
 __device__ __forceinline__ void multiply_values(float (&out)[32], const unsigned (&weight)[4], unsigned long long v) {
-#if defined(DTYPE_BF16)
-  wgmma_m64n64k16_bf16_ra(out, weight, v, 1);
-#else
-  wgmma_m64n64k16_f16_ra(out, weight, v, 1);
-#endif
-}
-
-__device__ __forceinline__ unsigned round_pair(float low, float high) {
-#if defined(DTYPE_BF16)
-  return cvt_rn_bf16x2(low, high);
-#else
-  return cvt_rn_f16x2(low, high);
-#endif
+  if constexpr (COMPUTE_BF16) {
+    wgmma_m64n64k16_bf16_ra(out, weight, v, 1);
+  } else {
+    wgmma_m64n64k16_f16_ra(out, weight, v, 1);
+  }
 }
 
 // With w the warp of the four, g = lane / 4 and t = lane % 4, a thread holds of rows 16 w + g and 16 w + g + 8 (half h = 0, 1)

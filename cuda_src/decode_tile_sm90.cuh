@@ -40,8 +40,8 @@ struct DecodeTile {
     for (int k = 0; k < HEAD_DIM / 16; k++) {
       unsigned fragments[4];  // of the first 8 positions and the last 8, each pieces 2 k and 2 k + 1
       ldmatrix_x4(fragments, keys.piece(slot + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-      mma_of_scalars(score[0], q[k], fragments[0], fragments[1]);
-      mma_of_scalars(score[1], q[k], fragments[2], fragments[3]);
+      mma(score[0], q[k], fragments[0], fragments[1]);
+      mma(score[1], q[k], fragments[2], fragments[3]);
     }
     if (position < all_first || position + WARP_SLOTS > all_last + 1) {
       for (int i = 0; i < 8; i++) {
@@ -73,8 +73,8 @@ struct DecodeTile {
     for (int j = 0; j < HEAD_DIM / 8; j += 2) {
       unsigned fragments[4];  // of columns 8 j .. and 8 (j + 1) .., each 16 positions
       ldmatrix_x4_trans(fragments, values.piece(slot + lane % 16, j + lane / 16));
-      mma_of_scalars(out[j], weights, fragments[0], fragments[1]);
-      mma_of_scalars(out[j + 1], weights, fragments[2], fragments[3]);
+      mma(out[j], weights, fragments[0], fragments[1]);
+      mma(out[j + 1], weights, fragments[2], fragments[3]);
     }
   }
 

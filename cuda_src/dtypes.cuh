@@ -43,6 +43,15 @@ __device__ __forceinline__ void mma_of_scalars(float (&c)[4], const unsigned (&a
 #endif
 }
 
+// Two floats rounded to scalars, `low` in the lower half.
+__device__ __forceinline__ unsigned round_pair_to_scalars(float low, float high) {
+#if defined(DTYPE_BF16)
+  return cvt_rn_bf16x2(low, high);
+#else
+  return cvt_rn_f16x2(low, high);
+#endif
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 template <class T>

@@ -1,13 +1,7 @@
 // A ring of stages in shared memory through which the K/V of a CTA's parts flow, part after part, straight from their pages.
 #pragma once
-#include "dtypes.cuh"
-#include "work_list.cuh"
+#include "kv_dtypes.cuh"
 
-#if defined(KV_FP8) || defined(KV_INT8)
-constexpr int KV_BYTES = 1;  // of an element
-#else
-constexpr int KV_BYTES = 2;
-#endif
 constexpr int WARPS = 4;
 constexpr int ROW_BYTES = KV_BYTES * HEAD_DIM;
 constexpr int CHUNK = ROW_BYTES == 256 ? 64 : 128;  // positions of a stage, which the four warps fetch a quarter each

@@ -25,8 +25,6 @@
 constexpr int STEP = 16;  // cuts may be as fine as this; what is processed at a time is a chunk
 constexpr int TILE_ROWS = 64;
 
-#include "dtypes.cuh"
-#include "work_list.cuh"
 #include "softmax_state.cuh"
 #include "kv_ring.cuh"
 #include "attention_tile_sm80.cuh"
@@ -39,7 +37,7 @@ static_assert(CHUNK % STEP == 0 && WARP_SLOTS % STEP == 0, "chunks begin at any 
 constexpr int THREADS = 32 * WARPS;
 constexpr int VECTORS = HEAD_DIM / 4;  // of four floats, of a row
 constexpr int AT_ONCE = 18;  // parts of a row whose merging a thread has under way: two rounds for the 33 of 8 heads on 264 CTAs
-constexpr float LOG_2 = 0.693147181f, LOG2_E = 1.44269504f;
+constexpr float LOG_2 = 0.693147181f;
 
 struct Shared {
   Stage ring[STAGES];
@@ -271,16 +269,6 @@ __device__ __forceinline__ void finish_part(const Results& results, Shared& shar
     }
   }
   if (threadIdx.x == 0) results.params.counters[part.first_slot] = 0;  // for the next launch
-}
-
-// Scales of K/V of 8 bits, of a head: of the scores, for exp2, and of the output.
-__device__ __forceinline__ vec<float, 2> scales_of(const Params& params, int kv_head) {
-#ifdef KV_FP8
-  const vec<float, 2> scales = load<2>(static_cast<const float*>(params.kv_scales) + 2 * kv_head);
-#else
-  const vec<float, 2> scales = {1.0f, 1.0f};
-#endif
-  return {params.scale * LOG2_E * scales.at[0], scales.at[1]};
 }
 
 // A part of a decode tile of up to 8 * BLOCKS rows: each warp attends to its quarter of every chunk.

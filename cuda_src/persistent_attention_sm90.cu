@@ -1,11 +1,13 @@
 // Paged attention of a whole step in one launch, for steps that have prefill rows, on Hopper (sm_90a). It means the same as
-// persistent_attention.cu, with tiles of 128 rows, steps of 128 positions and pages of 8 rows or more; K/V are of q's type.
+// persistent_attention.cu, with tiles of 128 rows, steps of 128 positions and pages of 8 rows or more; K/V are of q's type or,
+// with KV_FP8, float8_e4m3.
 //
 //   warpgroup 0, producer                   shared memory                        warpgroups 1 and 2, consumers
 //   warp 0: pages of K  --tensor copies-->  ring of K (kv_ring_sm90.cuh)    -->  prefill: 64 rows each, every position
 //   warp 1: pages of V  --tensor copies-->  ring of V                       -->    (attention_tile_sm90.cuh)
 //   warps 2, 3: queries --cp.async------->  a room for each consumer        -->  decode: all rows, 16 positions a warp
 //   part after part, always ahead           (query_room_sm90.cuh)                  (decode_tile_sm90.cuh)
+//   KV_FP8: warps 0 and 1 copy codes, and turn them into the float16 tiles of the rings
 //
 //   prefill, one consumer    products   | S1 = Q K1, O += P0 V0 |              | S2 = Q K2, O += P1 V1 |            ...
 //                            the rest                  | P1 = softmax S1, rounded |           | P2 = softmax S2 ...
@@ -29,6 +31,9 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 232448, "as much as a CTA can have; see shared_bytes_sm90 of cupaged/attention/kernel.py");
 constexpr float LOG_2 = 0.693147181f;
+constexpr int PRODUCER_REGISTERS = KV_BYTES == 1 ? 72 : 56;  // a thread; conversions need some
+constexpr int CONSUMER_REGISTERS = KV_BYTES == 1 ? 216 : 224;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS == (1 + CONSUMERS) * 168, "as the kernel begins with");
 
 enum NamedBarrier { TURN = 1, WARPGROUP_MEETS = 3, CONSUMERS_MEET = 5 };  // the first two of each consumer
 
@@ -40,7 +45,6 @@ struct Consumer {
   Shared& shared;
   const int number = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
   const int first_row = number * WARPGROUP_ROWS;
-  const float scale = params.scale * 1.44269504f;  // log2(e), for exp2
   QueryRoom& room = shared.rooms[number];
   Turn k_turn, v_turn;
   int room_turn = 0;
@@ -77,25 +81,25 @@ struct Consumer {
 
   // ---- prefill ----
   __device__ __forceinline__ void attend_values(WarpgroupTile& tile, const Part& part, int position) {
-    KvTile& values = shared.rings.v[v_turn.stage];
-    mbarrier_wait_parity(&shared.rings.v_full[v_turn.stage], v_turn.parity);
+    KvTile& values = shared.rings.tiles[V][v_turn.stage];
+    mbarrier_wait_parity(&shared.rings.full[V][v_turn.stage], v_turn.parity);
     if (clear_outside(values, part, position, 0, STEP, thread, WARPGROUP)) meet();
     tile.begin_values(values);
   }
   __device__ __forceinline__ void release_k() {
-    release(&shared.rings.k_empty[k_turn.stage]);
+    release(&shared.rings.empty[K][k_turn.stage]);
     k_turn.advance();
   }
   __device__ __forceinline__ void release_v() {
-    release(&shared.rings.v_empty[v_turn.stage]);
+    release(&shared.rings.empty[V][v_turn.stage]);
     v_turn.advance();
   }
 
   __device__ __forceinline__ void wait_for_keys() const {
-    mbarrier_wait_parity(&shared.rings.k_full[k_turn.stage], k_turn.parity);
+    mbarrier_wait_parity(&shared.rings.full[K][k_turn.stage], k_turn.parity);
   }
   __device__ __forceinline__ void begin_scores(WarpgroupTile& tile) const {
-    tile.begin_scores(shared.queries[number], shared.rings.k[k_turn.stage]);
+    tile.begin_scores(shared.queries[number], shared.rings.tiles[K][k_turn.stage]);
   }
 
   // Parts of prefill class, one after another as one sequence of steps, beginning with `part`. Leaves in it the first that is
@@ -106,6 +110,7 @@ struct Consumer {
     begin_scores(tile);
     wgmma_wait<0>();
     for (;;) {
+      const float scale = scales_of(params, part.kv_head).at[0];
       tile.begin(part, TileRows(params, part), first_row, params.window);
       int position = last_step(part);  // of the scores
       release_k();
@@ -169,6 +174,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void finish_prefill(WarpgroupTile& tile, const Part& part) const {
+    const vec<float, 2> scales = scales_of(params, part.kv_head);
     const TileRows rows(params, part);
     const int lane = thread % 32;
     tile.share_sum();
@@ -177,9 +183,9 @@ struct Consumer {
       const int row = first_row + thread / 32 * 16 + lane / 4 + 8 * h;
       const bool there = row < rows.count;
       SoftmaxState<1> state;
-      state.top = tile.top[h] * scale;
+      state.top = tile.top[h] * scales.at[0];
       state.sum = tile.sum[h];
-      const float normaliser = state.normaliser();
+      const float normaliser = state.normaliser() * scales.at[1];
       if (part.whole()) {
         const long long index = there ? rows.index(row) : 0;
         if (there && lane % 4 == 0 && params.lse != nullptr) params.lse[index] = state.lse() * LOG_2;
@@ -190,7 +196,7 @@ struct Consumer {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const float* columns = &tile.out[16 * j + 4 * i + 2 * h];
-            pairs[i] = round_pair(columns[0] * normaliser, columns[1] * normaliser);
+            pairs[i] = round_pair_to_scalars(columns[0] * normaliser, columns[1] * normaliser);
           }
           exchange(pairs);
           if (there) store(reinterpret_cast<unsigned*>(out + 32 * j), vec<unsigned, 4>{pairs[0], pairs[1], pairs[2], pairs[3]});
@@ -210,22 +216,23 @@ struct Consumer {
 
   // ---- decode ----
   __device__ __forceinline__ void decode(const Part& part) {
+    const vec<float, 2> scales = scales_of(params, part.kv_head);
     const TileRows rows(params, part);
     const int warp = (threadIdx.x - WARPGROUP) / 32, lane = threadIdx.x % 32, slot = warp * WARP_SLOTS;
     DecodeTile tile(shared.queries[number], part, rows, params.window);
     release(&room.empty);
     int position = last_step(part);
     for (;; position -= STEP) {
-      KvTile &keys = shared.rings.k[k_turn.stage], &values = shared.rings.v[v_turn.stage];
-      mbarrier_wait_parity(&shared.rings.k_full[k_turn.stage], k_turn.parity);
-      mbarrier_wait_parity(&shared.rings.v_full[v_turn.stage], v_turn.parity);
+      KvTile &keys = shared.rings.tiles[K][k_turn.stage], &values = shared.rings.tiles[V][v_turn.stage];
+      mbarrier_wait_parity(&shared.rings.full[K][k_turn.stage], k_turn.parity);
+      mbarrier_wait_parity(&shared.rings.full[V][v_turn.stage], v_turn.parity);
       if (clear_outside(values, part, position, slot, WARP_SLOTS, lane, 32)) __syncwarp();
-      tile.attend(keys, values, slot, position + slot, scale);
+      tile.attend(keys, values, slot, position + slot, scales.at[0]);
       if (position == first_step(part)) break;  // the last stage is needed below
       release_k();
       release_v();
     }
-    leave_partial(tile, rows.count);
+    leave_partial(tile, rows.count, scales.at[0]);
     consumers_meet();
     for (int i = threadIdx.x - WARPGROUP; i < rows.count * (HEAD_DIM / 4); i += CONSUMERS * WARPGROUP) {
       const int row = i / (HEAD_DIM / 4), d = i % (HEAD_DIM / 4) * 4;
@@ -234,9 +241,9 @@ struct Consumer {
         state.merge(shared.top[w][row], shared.sum[w][row], load<4>(partial_of_warp(w, row, d)).at);
       }
       if (part.whole()) {
-        store_whole(rows, row, d, state);
+        store_whole(rows, row, d, state, scales.at[1]);
       } else {
-        store_part(part.slot, row, d, state);
+        store_part(part.slot, row, d, state, scales.at[1]);
       }
     }
     fence_proxy_async_shared();
@@ -251,11 +258,11 @@ struct Consumer {
   __device__ __forceinline__ float* partial_of_warp(int warp, int row, int d) const {
     constexpr int PLACES = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
     const int place = d / 32 % PLACES, slot = warp * WARP_SLOTS + row;
-    KvTile& tile = place < HALVES ? shared.rings.k[k_turn.stage] : shared.rings.v[v_turn.stage];
+    KvTile& tile = place < HALVES ? shared.rings.tiles[K][k_turn.stage] : shared.rings.tiles[V][v_turn.stage];
     return reinterpret_cast<float*>(tile.at[slot / 8][place % HALVES][slot % 8]) + (d / 4 % 8 ^ row % 8) * 4 + d % 4;
   }
 
-  __device__ __forceinline__ void leave_partial(DecodeTile& tile, int count) const {
+  __device__ __forceinline__ void leave_partial(DecodeTile& tile, int count, float scale) const {
     const int warp = (threadIdx.x - WARPGROUP) / 32, lane = threadIdx.x % 32;
     tile.share_sum();
     __syncwarp();  // all lanes have read the warp's rows
@@ -279,17 +286,18 @@ struct Consumer {
     return static_cast<long long>(slot) * TILE_ROWS + row;
   }
 
-  // Four elements, from d on, of a row of the tile: as output, or into a slot of the workspace.
-  __device__ __forceinline__ void store_whole(const TileRows& rows, int row, int d, const SoftmaxState<4>& state) const {
+  // Four elements, from d on, of a row of the tile, times a factor: as output, or into a slot of the workspace.
+  __device__ __forceinline__ void store_whole(
+      const TileRows& rows, int row, int d, const SoftmaxState<4>& state, float factor) const {
     const long long index = rows.index(row);
-    const float normaliser = state.normaliser();
+    const float normaliser = state.normaliser() * factor;
     vec<scalar, 4> rounded;
     for (int i = 0; i < 4; i++) rounded.at[i] = from_float<scalar>(state.out[i] * normaliser);
     store(static_cast<scalar*>(params.out) + index * HEAD_DIM + d, rounded);
     if (d == 0 && params.lse != nullptr) params.lse[index] = state.lse() * LOG_2;
   }
-  __device__ __forceinline__ void store_part(int slot, int row, int d, const SoftmaxState<4>& state) const {
-    const float normaliser = state.normaliser();
+  __device__ __forceinline__ void store_part(int slot, int row, int d, const SoftmaxState<4>& state, float factor) const {
+    const float normaliser = state.normaliser() * factor;
     vec<float, 4> normalised;
     for (int i = 0; i < 4; i++) normalised.at[i] = state.out[i] * normaliser;
     store_for_others(reinterpret_cast<vec<float, 4>*>(params.partial_out + partial_row(slot, row) * HEAD_DIM + d), normalised);
@@ -325,7 +333,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) {
         const int row = (first + i * THREADS) / COLUMNS;
-        if (row < rows.count) store_whole(rows, row, first % COLUMNS * 4, states[i]);
+        if (row < rows.count) store_whole(rows, row, first % COLUMNS * 4, states[i], 1.0f);
       }
     }
     if (threadIdx.x == WARPGROUP) *counter = 0;  // for the next launch
@@ -350,7 +358,11 @@ __device__ __forceinline__ void consume(const Params& params, Shared& shared) {
 // their maps as in cupaged/attention/tensor_map.py; the row at position p sees max(0, p - window + 1) .. p. The work list is as
 // the planner says; counters are 0, and are left so.
 extern "C" __global__ void __launch_bounds__(WARPGROUP*(1 + CONSUMERS), 1) persistent_attention_sm90(
+#ifdef KV_FP8
+    const __grid_constant__ Params params) {
+#else
     const __grid_constant__ Params params, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
+#endif
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   KvRings& rings = shared.rings;
   griddepcontrol_launch_dependents();
@@ -363,16 +375,18 @@ extern "C" __global__ void __launch_bounds__(WARPGROUP*(1 + CONSUMERS), 1) persi
   griddepcontrol_wait();
   const int warp = threadIdx.x / 32;
   if (threadIdx.x < WARPGROUP) {
-    setmaxnreg_dec<56>();
+    setmaxnreg_dec<PRODUCER_REGISTERS>();
     if (warp < 2) {
-      const bool k = warp == 0;
-      auto *full = k ? rings.k_full : rings.v_full, *empty = k ? rings.k_empty : rings.v_empty;
-      produce(params, k ? &k_map : &v_map, k ? rings.k : rings.v, full, empty);
+#ifdef KV_FP8
+      produce(params, nullptr, rings, warp);
+#else
+      produce(params, warp == K ? &k_map : &v_map, rings, warp);
+#endif
     } else {
       bring_queries(params, shared.rooms[warp - 2], shared.queries[warp - 2], (warp - 2) * WARPGROUP_ROWS);
     }
   } else {
-    setmaxnreg_inc<224>();
+    setmaxnreg_inc<CONSUMER_REGISTERS>();
     consume(params, shared);
   }
 }

@@ -228,6 +228,18 @@ __device__ __forceinline__ unsigned sub_f16x2(unsigned a, unsigned b) {
   return difference;
 }
 
+// Of two bfloat16 each: the smaller and the larger, NaN where either is.
+__device__ __forceinline__ unsigned min_nan_bf16x2(unsigned a, unsigned b) {
+  unsigned smaller;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+  return smaller;
+}
+__device__ __forceinline__ unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+  unsigned larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
 // a & b | c by one instruction: of constants it can have only one in itself, and the compiler takes two instructions instead.
 __device__ __forceinline__ unsigned lop3_and_or(unsigned a, unsigned b, unsigned c) {
   unsigned result;
@@ -269,6 +281,17 @@ __device__ __forceinline__ unsigned cvt_f16x2_e4m3x2(unsigned short codes) {
   return pair;
 #else
   return f16x2_of_e4m3x2(codes);
+#endif
+}
+
+// The same of the two upper codes of a word, which the instruction takes as they are.
+__device__ __forceinline__ unsigned cvt_f16x2_e4m3x2_upper(unsigned codes) {
+#if __CUDA_ARCH__ >= 890
+  unsigned pair;
+  asm("{ .reg .b16 lower, upper; mov.b32 {lower, upper}, %1; cvt.rn.f16x2.e4m3x2 %0, upper; }" : "=r"(pair) : "r"(codes));
+  return pair;
+#else
+  return f16x2_of_e4m3x2(static_cast<unsigned short>(codes >> 16));
 #endif
 }
 

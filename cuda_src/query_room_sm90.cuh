@@ -20,10 +20,21 @@ struct QueryRoom {
   }
 };
 
+// By the warp that has brought them; each lane what it has waited for itself.
+__device__ __forceinline__ void convert_queries(QueryTile& tile) {
+  const int row = threadIdx.x % 32 / PIECES, piece = threadIdx.x % PIECES;
+#pragma unroll 4
+  for (int i = 0; i < WARPGROUP_ROWS; i += ROWS_AT_ONCE) {
+    auto* at = reinterpret_cast<unsigned*>(tile.piece(i + row, piece));
+    vec<unsigned, 4> pairs = load<4>(at);
+    for (unsigned& pair : pairs.at) pair = query_pair(pair);
+    store(at, pairs);
+  }
+}
+
 // One warp brings the queries of all parts of this CTA, one part after another: 64 rows from first_row on, or all rows of a
 // decode tile; rows past the end are 0. They are on their way into the L2 cache while the room is still in use.
 __device__ __forceinline__ void bring_queries(const Params& params, QueryRoom& room, QueryTile& tile, int first_row) {
-  constexpr int ROWS_AT_ONCE = 32 / PIECES;
   const int lane = threadIdx.x % 32, piece = lane % PIECES;
   const scalar* queries = static_cast<const scalar*>(params.q);
   PartStream parts(params);
@@ -59,6 +70,7 @@ __device__ __forceinline__ void bring_queries(const Params& params, QueryRoom& r
       }
       cp_async_commit();
       cp_async_wait<0>();
+      if constexpr (KV_BYTES == 1) convert_queries(tile);
       fence_proxy_async_shared();
     }
     __syncwarp();

@@ -31,6 +31,7 @@ from cupaged.errors import DeviceError
 
 HEAD_DIM, DTYPE = 128, "bfloat16"
 REPLAYS = 15
+KV_DTYPES = {"bf16": DTYPE, "fp8": "uint8", "int8": "int8"}
 KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1 + 2 / HEAD_DIM}  # of an element, its scale included
 BYTE_MASK = {"bf16": 0, "fp8": 0xBFBFBFBF, "int8": 0xFFFFFFFF}  # e4m3 without the exponents of 2 and more, NaN among them
 SKEWED = tuple((round(16 * 2 ** (11 * k / 63)), 1) for k in range(64))
@@ -81,6 +82,7 @@ CASES = [
     Case("prefill 32/8 1x32768", GQA, ((32768, 32768),)),
     Case("prefill 32/8 512+32256", GQA, ((32768, 512),)),
     Case("prefill 32/8 1x8192", GQA, ((8192, 8192),), sm80=True),
+    Case("prefill 32/8 1x8192", GQA, ((8192, 8192),), kv="fp8"),
     Case("mixed 32/8 2048+63x4096", GQA, MIXED),
 ]
 LONG = ((4096, 1),) * 64
@@ -131,7 +133,7 @@ class Bench:
 
     def random(self, shape: tuple[int, ...], kv: str = "bf16"):
         """An array of random bfloat16 numbers of variance 1, or of codes of an 8-bit pool."""
-        array = self.cupy.empty(shape, {"bf16": DTYPE, "fp8": "uint8", "int8": "int8"}[kv])
+        array = self.cupy.empty(shape, KV_DTYPES[kv])
         seed = np.uint32(self.rng.integers(2**32))
         self._fill((2048,), (256, 1, 1), (array, np.int64(array.nbytes // 4), seed, np.uint32(BYTE_MASK[kv])))
         return array
@@ -195,7 +197,7 @@ class Bench:
 
     def planned(self, drawn: Drawn, chosen: slice = slice(None)):
         """A plan of the case, or of those of its sequences that are chosen."""
-        case, grids = drawn.case, grids_of_device(HEAD_DIM, DTYPE)
+        case, grids = drawn.case, grids_of_device(HEAD_DIM, DTYPE, KV_DTYPES[drawn.case.kv])
         first, last, _ = chosen.indices(len(drawn.rows))
         rows, lengths = drawn.rows[first:last], drawn.lengths[first:last]
         return plan(
@@ -208,7 +210,7 @@ class Bench:
             block_size=case.block_size,
             num_blocks=drawn.pools[0][0].shape[1],
             decode_grid=grids[0],
-            prefill_grid=grids[0] if case.sm80 or case.kv != "bf16" else grids[1],
+            prefill_grid=grids[0] if case.sm80 else grids[1],
         )
 
     def measure(self, case: Case) -> dict:

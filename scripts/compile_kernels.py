@@ -45,7 +45,11 @@ NAMED = [
     (persistent_attention(F16, 64, 3), "90a"),
     (persistent_attention(BF16, 64, 3, DECODE_ONLY=1), "86"),
     (persistent_attention(BF16, 64, 6, KV_INT8=1, DECODE_ONLY=1), "100"),
-    *(((persistent.SOURCES["sm90"], persistent.variant_sm90("bfloat16", dim)), "90a") for dim in (128, 64)),
+    *(
+        ((persistent.SOURCES["sm90"], persistent.variant_sm90("bfloat16", dim, kv)), "90a")
+        for dim in (128, 64)
+        for kv in ("bfloat16", "uint8")
+    ),
     *((("sampling.cu", {}), arch) for arch in ("80", "90a", "120")),
     *((("logprobs.cu", {}), arch) for arch in ("80", "120")),
     (("copy_blocks.cu", {}), "90a"),
@@ -62,7 +66,7 @@ NAMED = [
 ]
 
 
-SM90 = [persistent.variant_sm90(dtype, dim) for dtype in ops.DTYPES for dim in (64, 128)]
+SM90 = [persistent.variant_sm90(dtype, dim, kv) for dtype in ops.DTYPES for dim in (64, 128) for kv in (dtype, "uint8")]
 
 
 def compile_variant(source: str, defines: dict[str, int], arch: str) -> str:
@@ -81,10 +85,10 @@ def usage(log: str) -> dict[str, tuple[int, int]]:
 
 
 def shared_bytes(name: str, defines: dict[str, int]) -> int:
+    kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
     if name == persistent.NAMES["sm90"]:
-        return persistent.shared_bytes_sm90(defines["HEAD_DIM"], defines["STAGES"])
+        return persistent.shared_bytes_sm90(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
     if name == persistent.NAME:
-        kv_bytes = 1 if {"KV_FP8", "KV_INT8"} & set(defines) else 2
         return persistent.shared_bytes(defines["HEAD_DIM"], defines["STAGES"], kv_bytes)
     return products.shared_bytes(defines) if name == products.NAME else ops.shared_bytes(name)
 

@@ -393,8 +393,8 @@ def test_a_plan_for_another_kernel_is_refused(device):
     with pytest.raises(InvalidArgument, match="the plan's grid has step 64"):
         attention.run(plan(**batch(decode_grid=Grid(5, step=64))), *arrays(device))
     made = plan(**batch(prefill_grid=Grid(5, 128, 128, kernel="sm90")))
-    with pytest.raises(InvalidArgument, match="the sm90 kernel, which takes no 8-bit K/V"):
-        attention.run(made, *arrays(device, kv=np.uint8))
+    with pytest.raises(InvalidArgument, match="the sm90 kernel, which takes no int8 K/V"):
+        attention.run(made, *arrays(device, kv=np.int8), kv_scales=device.empty((2, NUM_BLOCKS, 16, 2), np.float16))
 
 
 def test_a_plan_of_several_passes_is_as_many_launches(device, monkeypatch):

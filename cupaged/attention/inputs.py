@@ -70,8 +70,8 @@ def kv_dtype(
     if no_mask != (plan.mask_words is None):
         both = ("None", "a") if no_mask else ("given", "no")
         raise InvalidArgument(f"mask is {both[0]} and the plan has {both[1]} mask_indptr; give both or none")
-    if plan.kernel == "sm90" and not (kv == dtype and no_mask and no_k_pages and plan.block_size >= LEAST_PAGE):
-        what = "8-bit K/V" if kv != dtype else "pointers" if not no_k_pages else f"pages of fewer than {LEAST_PAGE} tokens"
+    if plan.kernel == "sm90" and not (kv != np.int8 and no_mask and no_k_pages and plan.block_size >= LEAST_PAGE):
+        what = "int8 K/V" if kv == np.int8 else "pointers" if not no_k_pages else f"pages of fewer than {LEAST_PAGE} tokens"
         raise InvalidArgument(
             f"the plan's prefill_grid is of the sm90 kernel, which takes no {what}; give plan a decode_grid only"
         )

@@ -158,9 +158,10 @@ class _Launch:
         if made_for != fits:
             raise InvalidArgument(f"the plan's grid has tile_rows and step {made_for}; give {fits}, the {kernel} kernel's")
         if kernel == "sm90":
-            defines, rows = variant_sm90(name, head_dim), math.prod(self.pool_shape[:3])
+            defines, rows = variant_sm90(name, head_dim, kv.name), math.prod(self.pool_shape[:3])
             box_rows = min(plan.block_size, STEP["sm90"])
-            self.map = lambda address: tensor_map.encode_atoms(address, rows, head_dim, box_rows, name)
+            if kv == dtype:
+                self.map = lambda address: tensor_map.encode_atoms(address, rows, head_dim, box_rows, name)
         self.function, self.shared_bytes = _kernel(kernel, head_dim, kv.itemsize, defines)
         self.grid, self.block = (plan.num_ctas, 1, 1), (THREADS[kernel], 1, 1)
 
@@ -241,7 +242,7 @@ def variants_of_device(
     if not prefill or wide:
         found = [variant for variant in found if "DECODE_ONLY" in variant[2]]
     if prefill and wide:
-        found.append((SOURCES["sm90"], NAMES["sm90"], variant_sm90(dtype, head_dim)))
+        found.append((SOURCES["sm90"], NAMES["sm90"], variant_sm90(dtype, head_dim, kv.name)))
     return found
 
 
@@ -260,16 +261,19 @@ def shared_bytes(head_dim: int, stages: int, kv_bytes: int = 2) -> int:
     return stages * stage + 2 * 4 * 16 * 4 + 4
 
 
-def shared_bytes_sm90(head_dim: int, stages: int) -> int:
+def shared_bytes_sm90(head_dim: int, stages: int, kv_bytes: int = 2) -> int:
     """Of the sm90 kernel: rings of K/V with their barriers, queries and their parts, what decode tiles' warps meet in."""
-    rings = stages * 2 * STEP["sm90"] * head_dim * 2 + 4 * stages * 8
+    codes = 1 if kv_bytes == 1 else 0  # stages beside those of 16 bits
+    rings = stages * 2 * STEP["sm90"] * head_dim * (2 + codes) + (4 + 2 * codes) * stages * 8
     rest = TILE_ROWS["sm90"] * head_dim * 2 + 2 * 192 + 2 * 8 * 16 * 4 + 4
     return -(-(-(-rings // 1024) * 1024 + rest) // 1024) * 1024
 
 
-def variant_sm90(dtype: str, head_dim: int) -> dict[str, int]:
-    """The macros of the sm90 kernel."""
-    return {**_DTYPES[dtype], "HEAD_DIM": head_dim, "STAGES": 384 // head_dim}
+def variant_sm90(dtype: str, head_dim: int, kv_dtype: str) -> dict[str, int]:
+    """The macros of the sm90 kernel; kv_dtype as for `variants`, but not int8."""
+    if kv_dtype == dtype:
+        return {**_DTYPES[dtype], "HEAD_DIM": head_dim, "STAGES": 384 // head_dim}
+    return {**_DTYPES[dtype], "HEAD_DIM": head_dim, **_KV_DTYPES[kv_dtype], "STAGES": 256 // head_dim}
 
 
 def grids_of_device(head_dim: int, dtype: str = "bfloat16", kv_dtype: str | None = None) -> tuple[Grid, Grid]:
@@ -294,14 +298,14 @@ def num_ctas_of_device(head_dim: int, dtype: str = "bfloat16") -> int:
 
 def _takes_sm90(kv: str) -> bool:
     there = (jit.source_folder() / SOURCES["sm90"]).exists()
-    return there and kv in _DTYPES and int(jit.import_cupy().cuda.Device().compute_capability) == 90
+    return there and kv != "int8" and int(jit.import_cupy().cuda.Device().compute_capability) == 90
 
 
 @functools.cache
 def _num_ctas(kernel: str, head_dim: int, dtype: str, kv: str, device: int) -> int:
     cuda = jit.import_cupy().cuda
     defines = (
-        variant_sm90(dtype, head_dim)
+        variant_sm90(dtype, head_dim, kv)
         if kernel == "sm90"
         else _defines(dtype, head_dim, kv, False, False, decode_only=_takes_sm90(kv))
     )
@@ -335,7 +339,7 @@ def _device() -> int:
 def _kernel(kernel: str, head_dim: int, kv_bytes: int, defines: dict[str, int]) -> tuple[Any, int]:
     """(the kernel, its bytes of shared memory) for the current device."""
     if kernel == "sm90":
-        size = shared_bytes_sm90(head_dim, defines["STAGES"])
+        size = shared_bytes_sm90(head_dim, defines["STAGES"], kv_bytes)
     else:
         stages = stages_of_device(head_dim, kv_bytes)
         defines, size = {**defines, "STAGES": stages}, shared_bytes(head_dim, stages, kv_bytes)

@@ -172,6 +172,12 @@ inline unsigned mul_bf16x2(unsigned a, unsigned b) {
 inline unsigned sub_bf16x2(unsigned a, unsigned b) {
   return simt_bf16x2([=](auto at) { return at(a) - at(b); });
 }
+inline unsigned min_nan_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) != at(a) || at(b) != at(b) ? NAN : at(a) < at(b) ? at(a) : at(b); });
+}
+inline unsigned max_nan_bf16x2(unsigned a, unsigned b) {
+  return simt_bf16x2([=](auto at) { return at(a) != at(a) || at(b) != at(b) ? NAN : at(a) > at(b) ? at(a) : at(b); });
+}
 inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
   return simt_bf16x2([=](auto at) { return at(a) * at(b) + at(c); });
 }
@@ -185,6 +191,7 @@ inline unsigned cvt_f16x2_e4m3x2(unsigned short codes) {
   auto convert = [](unsigned code) { return (code & 0x7f) == 0x7f ? 0x7fff : simt_half_bits(simt_e4m3(code)); };
   return convert(codes & 255) | convert(codes >> 8) << 16;
 }
+inline unsigned cvt_f16x2_e4m3x2_upper(unsigned codes) { return cvt_f16x2_e4m3x2(codes >> 16); }
 inline unsigned char cvt_e4m3_satfinite(float x) {
   if (x != x) return 0x7f;
   unsigned nearest = 0;  // of two as near the even one

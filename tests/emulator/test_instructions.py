@@ -42,11 +42,12 @@ def e4m3(codes):
     return codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("function", ["cvt_f16x2_e4m3x2", "f16x2_of_e4m3x2"])
+@pytest.mark.parametrize("function", ["cvt_f16x2_e4m3x2", "f16x2_of_e4m3x2", "cvt_f16x2_e4m3x2_upper"])
 def test_all_pairs_of_e4m3_codes_become_float16(function):
     codes = np.arange(65536, dtype=np.uint16)
+    argument = "codes[i] << 16 | 77" if "upper" in function else "codes[i]"
     pairs = np.zeros(65536, np.uint32)
-    run(f"int i = blockIdx.x * 128 + threadIdx.x; pairs[i] = {function}(codes[i]);", codes, pairs,
+    run(f"int i = blockIdx.x * 128 + threadIdx.x; pairs[i] = {function}({argument});", codes, pairs,
         parameters="const unsigned short* codes, unsigned* pairs", grid=(512,))  # fmt: skip
     wanted = e4m3(codes.view(np.uint8)).astype(np.float16)
     wanted = np.where(np.isnan(wanted), np.uint16(0x7FFF).view(np.float16), wanted)
@@ -94,6 +95,22 @@ def test_pairs_of_float16_and_bytes():
     assert out[2].view(np.uint8).reshape(-1, 4).tolist() == wanted.tolist()
     run("out[threadIdx.x] = prmt(0x80ff7f00, 0, 0xba98);", out, parameters="unsigned* out")
     assert (out[0] == 0xFFFF0000).all()
+
+
+def test_pairs_of_bfloat16():
+    rng = np.random.default_rng([SEED, 3])
+    a, b = (rng.standard_normal(2 * THREADS).astype(ml_dtypes.bfloat16) for _ in range(2))
+    a[:6], b[3:9] = [np.nan, np.inf, -np.inf] * 2, [np.nan, np.inf, -np.inf] * 2
+    out = np.zeros((2, THREADS), np.uint32)
+    body = """
+      int i = threadIdx.x;
+      out[i] = min_nan_bf16x2(a[i], b[i]);
+      out[128 + i] = max_nan_bf16x2(a[i], b[i]);
+    """
+    run(body, a.view(np.uint32), b.view(np.uint32), out, parameters="const unsigned* a, const unsigned* b, unsigned* out")
+    for row, function in zip(out, (np.minimum, np.maximum), strict=True):  # NaN where either is
+        wanted = function(a.astype(np.float32), b.astype(np.float32))
+        np.testing.assert_array_equal(row.view(ml_dtypes.bfloat16).astype(np.float32), wanted)
 
 
 # ---- copies of 4 bytes ---------------------------------------------------------------------------------------------------

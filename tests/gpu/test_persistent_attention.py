@@ -143,19 +143,31 @@ def test_a_bad_page_id_is_block_0_and_raises_the_flag(ops):
     assert ops.download(attention._workspaces[0].flag).tolist() == [1]
 
 
-def test_plans_for_the_device(ops):
+@pytest.mark.parametrize("kv", [None, "fp8", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("number", range(len(LARGE)))
+def test_plans_for_the_device(ops, number, head_dim, dtype, kv):
     """Decode and prefill by the grids that are meant for them, whichever kernels that brings."""
-    rng = np.random.default_rng([SEED, 6])
-    for sequences in (((3000, 1), (40, 1)), ((700, 300), (900, 1), (64, 1))):
-        drawn = attention_cases.draw(Case(sequences, (8, 2), 128), rng)
-        planned = drawn.plan
-        batch = (planned.q_indptr, planned.seq_lens, planned.page_indptr, planned.page_indices)
-        shape = {"num_heads": 8, "num_kv_heads": 2, "block_size": 16, "num_blocks": planned.num_blocks}
-        decode_grid, prefill_grid = attention.grids_of_device(128)
-        planned = plan(*batch, **shape, decode_grid=decode_grid, prefill_grid=prefill_grid)
-        (q, *pools), _, _ = attention_cases.arguments_of(drawn, ops.upload)
-        results = run(planned, q, *pools, return_lse=True)
-        attention_cases.check(drawn, *(ops.download(x) for x in results))
+    rng = np.random.default_rng([SEED, 6, number])
+    sequences = tuple((max(length, rows), rows) for length, rows in LARGE[number])
+    heads, window = HEADS[(number + 1) % 4], 333 if number % 3 == 2 else None
+    drawn = attention_cases.draw(
+        Case(sequences, heads, head_dim, (16, 8, 128, 256, 64, 32, 4)[number], window, dtype=dtype, kv=kv), rng
+    )
+    old = drawn.plan
+    batch = (old.q_indptr, old.seq_lens, old.page_indptr, old.page_indices)
+    shape = {name: getattr(old, name) for name in ("num_heads", "num_kv_heads", "block_size", "num_blocks", "sliding_window")}
+    grids = attention.grids_of_device(head_dim, dtype, drawn.k_pool.dtype.name)
+    planned = plan(*batch, **shape, decode_grid=grids[0], prefill_grid=grids[1])
+    arguments, keywords, _ = attention_cases.arguments_of(drawn, ops.upload)
+    results = []
+    for _ in range(5):
+        out, lse = (ops.download(x) for x in run(planned, *arguments, return_lse=True, **keywords))
+        attention_cases.check(drawn, out, lse)
+        results.append(out.tobytes() + lse.tobytes())
+    assert len(set(results)) == 1
+    assert not ops.download(attention._workspaces[0].flag).any()
 
 
 def test_what_does_not_fit_is_refused(ops):
