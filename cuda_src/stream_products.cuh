@@ -11,8 +11,7 @@ constexpr int X_BLOCK = 64, X_BLOCKS = SLICE / X_BLOCK;  // of 128 bytes, the wi
 constexpr int WEIGHT_BLOCK = 1024 / WEIGHT_BITS, WEIGHT_BLOCKS = SLICE / WEIGHT_BLOCK;
 constexpr int GROUPS = SLICE / GROUP;
 constexpr int STAGE_STRIPS = 4;  // of one slice, in a stage
-// Of one slice, whose sums are in registers at once: as far as those go. The more, the less often x is read.
-constexpr int TILE_STAGES = TOKENS < 64 ? 6 : WEIGHT_BITS == 16 ? 8 : WEIGHT_BITS == 8 ? 6 : 3;
+constexpr int TILE_STAGES = WEIGHT_BITS == 4 && TOKENS == 64 ? 3 : 6;  // of one slice, whose sums are in registers at once: as far as those go
 constexpr int TILE_STRIPS = STAGE_STRIPS * TILE_STAGES, TILE_ROWS = STRIP * TILE_STRIPS;
 
 // Which instruction multiplies: wgmma where there are many tokens and weights are scalars as they are, else mma.sync.
@@ -30,7 +29,7 @@ constexpr int WARPGROUPS = WIDE ? 2 : 1;
 #endif
 constexpr int CONSUMERS = 1;  // their named barrier
 // How many stages' worth of sums are finished at once.
-constexpr int PHASE_STAGES = TILE_STAGES % 3 ? 2 : 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
+constexpr int PHASE_STAGES = 3, PHASE_ROWS = PHASE_STAGES * STAGE_STRIPS * STRIP;
 
 #ifndef PATIENCE
 #define PATIENCE 2000000000ull  // nanoseconds

@@ -20,7 +20,7 @@ SOURCE, NAME = "weight_stream.cu", "weight_stream"
 STRIP = 8  # rows of weights that a CTA takes at once
 _BITS = {None: 16, "int8": 8, "fp8": 8, "int4": 4}  # of a weight, by the kind of its matrix; None: not quantised
 _ROWS = (8, 16, 32, 64)  # of x, that there are kernels for
-_STAGE_STRIPS = 4
+_STAGE_STRIPS, _TILE_ROWS = 4, 192
 _CLUSTER = {8: 1, 16: 1, 32: 1, 64: 2}  # CTAs that share what they read of x, by its rows
 _MOST_SHARED = 227 << 10  # bytes, of an sm_90
 MOST_ROWS = max(_ROWS)
@@ -85,11 +85,10 @@ def _layout(bits: int, rows: int) -> tuple[int, int, int]:
     x_slice, scales = 2 * rows * width, 4 * _STAGE_STRIPS * STRIP * (width // 128) if bits == 4 else 0
     stage = _STAGE_STRIPS * STRIP * width * bits // 8 + scales
     x_stages = min(max((32 << 10) // x_slice, 3), 6)
-    tile_stages = 6 if rows < 64 else {16: 8, 8: 6, 4: 3}[bits]
-    per_row, tile_rows = 2 * (2 + (bits == 8)), tile_stages * _STAGE_STRIPS * STRIP
-    rest = x_stages * (x_slice + 16) + 16 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * tile_rows
+    per_row = 2 * (2 + (bits == 8))
+    rest = x_stages * (x_slice + 16) + 16 * MOST_PRODUCTS + 4 * (MOST_PRODUCTS + 2) * rows + per_row * _TILE_ROWS
     if rows < 64 and not _is_wide(bits, rows):  # of sums that are finished
-        rest += 4 * (64 * (tile_rows // 2 + 4) + tile_stages * rows)
+        rest += 4 * (64 * (_TILE_ROWS // 2 + 4) + _TILE_ROWS // 32 * rows)
     stages = (_MOST_SHARED - rest) // (stage + 16)
     return stages, x_stages, -(-(rest + stages * (stage + 16)) // 1024) * 1024
 
