@@ -12,9 +12,9 @@ constexpr float LOG2_E = 1.44269504f;
 
 // 8-bit K/V are computed in float16, which all codes are exactly, and with them queries and weights.
 #if defined(DTYPE_BF16)
-constexpr bool COMPUTE_BF16 = KV_BYTES == 2;
+constexpr bool COMPUTE_BF16 = KV_BYTES == 2, CONVERT_QUERIES = KV_BYTES == 1;
 #else
-constexpr bool COMPUTE_BF16 = false;
+constexpr bool COMPUTE_BF16 = false, CONVERT_QUERIES = false;
 #endif
 
 __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
@@ -31,12 +31,10 @@ __device__ __forceinline__ unsigned round_pair(float low, float high) {
 
 // A pair of queries as they are multiplied: bfloat16 to float16, of which the largest number is 65504.
 __device__ __forceinline__ unsigned query_pair(unsigned pair) {
-#if defined(DTYPE_BF16)
-  if constexpr (!COMPUTE_BF16) {
+  if constexpr (CONVERT_QUERIES) {
     const unsigned clipped = max_nan_bf16x2(min_nan_bf16x2(pair, 0x477f477f), 0xc77fc77f);  // 65280, the next bfloat16
     return cvt_rn_f16x2(__uint_as_float(clipped << 16), __uint_as_float(clipped & 0xffff0000));
   }
-#endif
   return pair;
 }
 

@@ -355,8 +355,8 @@ __device__ __forceinline__ void consume(const Params& params, Shared& shared) {
 }
 
 // q, out [num_tokens, num_kv_heads * group_size, HEAD_DIM]; pools [num_kv_heads, num_blocks, 1 << block_shift, HEAD_DIM], and
-// their maps as in cupaged/attention/tensor_map.py; the row at position p sees max(0, p - window + 1) .. p. The work list is as
-// the planner says; counters are 0, and are left so.
+// their maps, of 16-bit ones, as in cupaged/cuda/tensor_map.py; the row at position p sees max(0, p - window + 1) .. p. The work
+// list is as the planner says; counters are 0, and are left so.
 extern "C" __global__ void __launch_bounds__(WARPGROUP*(1 + CONSUMERS), 1) persistent_attention_sm90(
 #ifdef KV_FP8
     const __grid_constant__ Params params) {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void bring_queries(const Params& params, QueryRoom& r
       }
       cp_async_commit();
       cp_async_wait<0>();
-      if constexpr (KV_BYTES == 1) convert_queries(tile);
+      if constexpr (CONVERT_QUERIES) convert_queries(tile);
       fence_proxy_async_shared();
     }
     __syncwarp();

@@ -133,7 +133,7 @@ MUTATIONS_FP8 = {
     "codes are not waited for": ("    mbarrier_wait_parity(&rings.landed[ring][stage], turn.parity ^ 1);\n", ""),
     "a tile is written in use": ("    mbarrier_wait_parity(&rings.empty[ring][stage], turn.parity);\n", ""),
     "tiles are not fenced": ("    fence_proxy_async_shared();\n    __syncwarp();\n", "    __syncwarp();\n"),
-    "queries are not converted": ("      if constexpr (KV_BYTES == 1) convert_queries(tile);\n", ""),
+    "queries are not converted": ("      if constexpr (CONVERT_QUERIES) convert_queries(tile);\n", ""),
     "rows past the end are not cleared": MUTATIONS["rows past the end are not cleared"],
     "scores are of another head's scale": ("scales_of(params, part.kv_head).at[0];", "scales_of(params, 0).at[0];"),
 }
