@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import random
 import secrets
 import tempfile
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -278,6 +280,47 @@ def test_more_sequences_than_the_decoder_takes():
         requests.add(forever(number)[0], **forever(number)[1] | {"max_tokens": 5 + 5 * number})
     requests.finish()
     assert engine.model.decoder.num_queued == 10  # since there are two left
+
+
+def test_those_that_begin_alike_are_neighbours_in_a_batch():
+    """So attention may read what they share once: `cupaged.attention.shared_prefixes` looks at neighbours."""
+    engine = engine_of(ahead=False)
+    prefixes = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    requests, forward, seen = Requests(engine), engine.model.forward, []
+    for prefix in prefixes:
+        requests.add([*prefix, 9], max_tokens=1)
+    requests.finish()
+
+    def spied(batch, *pools):
+        seen.append(batch.page_indices[batch.page_indptr[:-1]].tolist())
+        return forward(batch, *pools)
+
+    engine.model.forward = spied
+    for number in range(6):
+        requests.add([*prefixes[number % 2], *range(1, number + 2)], **forever(number)[1] | {"max_tokens": 5})
+    requests.finish()
+    for first_blocks in seen:
+        assert [len(list(group)) for _, group in itertools.groupby(first_blocks)] == [3, 3]
+
+
+@pytest.mark.parametrize("call", ["scheduler.schedule", "scheduler.reserve", "blocks.advance", "scheduler.remove"])
+def test_what_policy_takes_is_counted(call):
+    engine = engine_of()
+    owner, name = call.split(".")
+    owner, calls = getattr(engine, owner), []
+    original = getattr(owner, name)
+
+    def slow(*args):
+        calls.append(1)
+        time.sleep(0.003)
+        return original(*args)
+
+    setattr(owner, name, slow)
+    requests = Requests(engine)
+    requests.add(forever(1)[0], **forever(1)[1] | {"max_tokens": 6})
+    requests.finish()
+    assert calls
+    assert 0.003 * len(calls) <= engine.stats().policy_s < engine.stats().step_s
 
 
 def test_ctrl_c_at_any_line():

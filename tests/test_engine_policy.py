@@ -2,6 +2,7 @@
 
 import random
 import secrets
+import sys
 
 import pytest
 
@@ -161,6 +162,56 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning():
     assert again.num_computed == 12
 
 
+def test_the_least_recently_used_content_is_lost_first():
+    blocks = BlockManager(8, 4)
+    one, two, three = ([*range(start, start + 4), 0] for start in (10, 20, 30))
+
+    def num_found(prompt):
+        seq = sequence(prompt)
+        assert blocks.admit(seq)
+        found, seq.num_computed = seq.num_computed, 5
+        blocks.publish(seq)
+        blocks.release(seq)
+        return found
+
+    assert [num_found(prompt) for prompt in (one, two, three, one)] == [0, 0, 0, 4]
+    other = sequence(range(50, 67))
+    compute(blocks, other)  # four blocks have nothing to lose, and one more is needed
+    blocks.release(other)
+    assert [num_found(prompt) for prompt in (one, three, two)] == [4, 4, 0]
+
+
+def test_what_a_block_costs_does_not_depend_on_the_pool():
+    """Counted in lines of Python; what those call takes constant time too."""
+
+    def lines(num_blocks):
+        blocks = BlockManager(num_blocks, 1)
+        full, seq, count = sequence(range(num_blocks - 1)), sequence([0]), 0
+        compute(blocks, full)
+        blocks.release(full)
+        assert blocks.num_cached == num_blocks - 1
+
+        def trace(frame, event, _):
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            blocks.admit(seq)
+            blocks.advance([(seq, 1)])
+            seq.token_ids.append(10**6)
+            blocks.grow(seq, 2)
+            blocks.advance([(seq, 1)])
+            blocks.release(seq)
+        finally:
+            sys.settrace(before)
+        return count
+
+    assert lines(10) == lines(10_000)
+
+
 def test_a_different_token_anywhere_before_is_a_different_block():
     blocks = BlockManager(20, 4)
     compute(blocks, sequence([1, 2, 3, 4, 5, 6, 7, 8]))
@@ -236,7 +287,7 @@ def test_the_youngest_makes_room_and_comes_back():
     assert scheduler.schedule() == [(old, 1)]
     assert list(scheduler.waiting) == [young]
     scheduler.remove(old)
-    assert scheduler.schedule() == [(young, young.num_tokens - young.num_computed)]
+    assert scheduler.schedule() == [(young, 3)]  # its first block was still there, the second was taken
 
 
 def test_a_fork_shares_blocks_and_the_first_to_write_takes_a_copy():

@@ -19,6 +19,10 @@ from cupaged.engine.sequence import Sequence
 POLICY = {str(Path(scheduler_module.__file__).with_name(name)) for name in ("scheduler.py", "block_manager.py")}
 
 
+def rank(seq):
+    return seq.priority, seq.arrival
+
+
 class History:
     """Requests come, run, fork and leave; the pool's content is modelled by what each slot was last written with."""
 
@@ -76,10 +80,12 @@ class History:
             if seq.num_tokens - seq.num_computed == 1:
                 seq.draft = list(guesses[: seq.max_tokens - seq.num_tokens - 1])
         decoding = [seq for seq in self.scheduler.running if seq.num_tokens - seq.num_computed == 1]
+        before = set(self.scheduler.running)
         scheduled = self.scheduler.schedule()
+        self._check_order(before)
         assert self.held or bool(scheduled) == bool(self.sequences), "a step with work to do does some"
         assert sum(count for _, count in scheduled) <= self.scheduler.max_num_batched_tokens
-        assert len(scheduled) <= self.scheduler.max_num_seqs
+        assert len(scheduled) <= len(self.scheduler.running) <= self.scheduler.max_num_seqs
         assert all(seq in self.scheduler.running for seq, _ in scheduled)
         if any(seq not in decoding or count > 1 for seq, count in scheduled):
             left_out = set(decoding) - {seq for seq, _ in scheduled}
@@ -127,7 +133,7 @@ class History:
         if seq not in self.scheduler.waiting:
             self.sequences.remove(seq)
         assert set(self.scheduler.waiting) == set(self.sequences), "lost one"
-        assert self.scheduler.waiting == sorted(self.sequences, key=lambda one: (one.priority, one.arrival))
+        assert self.scheduler.waiting == sorted(self.sequences, key=rank)
         self.validate()
 
     def finish(self):
@@ -167,6 +173,14 @@ class History:
             # Attention reads every position up to here: each slot must hold this sequence's own history.
             for position in range(seq.num_computed + count):
                 assert self.written[seq.page_table[position // size], position % size] == tokens[: position + 1]
+
+    def _check_order(self, running_before):
+        """Who came in or stayed goes before whoever waits; who was put out, behind all that went on."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        entered = [rank(seq) for seq in running if seq not in running_before]
+        assert not entered or not waiting or max(entered) < min(map(rank, waiting)), "somebody was overtaken"
+        put_out = [rank(seq) for seq in waiting if seq in running_before]
+        assert not put_out or max(map(rank, running), default=(-1, -1)) < min(put_out), "not the youngest made room"
 
     def _reserve(self, sequences):
         going = [place for place, seq in enumerate(sequences) if seq.num_tokens + 1 < seq.max_tokens]

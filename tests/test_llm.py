@@ -65,6 +65,7 @@ def test_the_last_option_above_does_preempt(folder):
     assert llm.pool_stats().num_blocks == 36
     llm.generate(PROMPTS, GREEDY)
     assert llm.pool_stats().peak_used_blocks == 35
+    assert llm.stats().num_preemptions > 0
 
 
 def test_prefix_is_found_in_the_pool(folder):
