@@ -289,7 +289,8 @@ def _multiply(x: Array, weight: Weight, out: Array, add: bool, gemm: Gemm | None
         gemm(x, weight, out, add)
         return
     rows, inner = weight.shape
-    step = max(1, _SCRATCH_BYTES // (inner * x.dtype.itemsize))
+    # Whole tiles: the fast kernels of cuBLAS want columns of `out` that begin at multiples of 16 bytes.
+    step = max(_SCALE_ROWS, _SCRATCH_BYTES // (inner * x.dtype.itemsize) // _SCALE_ROWS * _SCALE_ROWS)
     for first in range(0, rows, step):
         gemm(x, dequantize(weight, x.dtype, first, step), out[:, first : first + step], add)
 
