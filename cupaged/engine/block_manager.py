@@ -172,12 +172,14 @@ class BlockManager:
         if self._caching:
             before = number_of[table[first - 1]] if first else 0
             for index in range(first, full):
-                block, key = table[index], self._key(before, *seq.token_ids[index * size : (index + 1) * size])
-                found = self._block_of.setdefault(key, block)
-                if found == block:
-                    self._key_of[block] = key
-                else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
-                    number_of[block] = number_of[found]
+                block = table[index]
+                if self._key_of[block] is None:  # else a fork has published it, perhaps behind another block of the same content
+                    key = self._key(before, *seq.token_ids[index * size : (index + 1) * size])
+                    found = self._block_of.setdefault(key, block)
+                    if found == block:
+                        self._key_of[block] = key
+                    else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
+                        number_of[block] = number_of[found]
                 before = number_of[block]
         seq.num_published = full * size
 
