@@ -173,7 +173,7 @@ class BlockManager:
             before = number_of[table[first - 1]] if first else 0
             for index in range(first, full):
                 block = table[index]
-                if self._key_of[block] is None:  # else a fork has published it, perhaps behind another block of the same content
+                if self._key_of[block] is None:  # else a fork has published it, perhaps behind another block
                     key = self._key(before, *seq.token_ids[index * size : (index + 1) * size])
                     found = self._block_of.setdefault(key, block)
                     if found == block:
