@@ -7,7 +7,7 @@
 constexpr int ROWS = 16;  // of a block, the rows of an mma
 constexpr int Q_BYTES = 2 * HEAD_DIM;  // of a row of queries
 
-// The queries of a row that a lane holds of columns 16 k .. 16 k + 15, two pairs, or 0; as they are in memory.
+// The queries of a row that a lane holds of columns 16 k .. 16 k + 15, two pairs, or 0.
 __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row, int k, bool there) {
   const auto* words = reinterpret_cast<const unsigned*>(row) + 8 * k;
   const int t = threadIdx.x % 4;
@@ -19,7 +19,7 @@ __device__ __forceinline__ vec<unsigned, 2> query_pairs(const unsigned char* row
       pairs = {words[t], words[4 + t]};
     }
   }
-  return pairs;
+  return {query_pair(pairs.at[0]), query_pair(pairs.at[1])};
 }
 
 // With g = lane / 4 and t = lane % 4, a lane holds of rows g and g + 8 (index i or half h = 0, 1) and of scores of every 8 positions
@@ -63,8 +63,8 @@ struct WarpTile {
 #pragma unroll
       for (int k = 0; k < HEAD_DIM / 16; k++) {
         const vec<unsigned, 2> pairs = query_pairs(from, k, row < rows.count);
-        q[k][h] = query_pair(pairs.at[0]);
-        q[k][2 + h] = query_pair(pairs.at[1]);
+        q[k][h] = pairs.at[0];
+        q[k][2 + h] = pairs.at[1];
       }
     }
 #ifdef MASK

@@ -62,15 +62,6 @@ struct DecodeTile {
 #endif
   }
 
-  // To be called once before `attend`, late: it waits for the queries.
-  __device__ __forceinline__ void convert_queries() {
-#pragma unroll
-    for (int i = 0; i < BLOCKS * HEAD_DIM / 8; i++) {
-      unsigned& pair = q[i / (HEAD_DIM / 8)][i % (HEAD_DIM / 8) / 2][i % 2];
-      pair = query_pair(pair);
-    }
-  }
-
   // Attends to POSITIONS positions from `position` on, which are in the rows of the stage from `slot` on.
   template <int POSITIONS>
   __device__ __forceinline__ void attend(const Stage& stage, int slot, int position, float scale) {

@@ -45,10 +45,6 @@ class KvRing {
     load_part();
     look_up();
     begin_span();
-  }
-
-  // Begins to fetch. What is loaded after that waits behind it.
-  __device__ __forceinline__ void start() {
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) fetch(i);
   }

@@ -273,14 +273,12 @@ __device__ __forceinline__ void finish_part(const Results& results, Shared& shar
 
 // A part of a decode tile of up to 8 * BLOCKS rows: each warp attends to its quarter of every chunk.
 template <int BLOCKS>
-__device__ __forceinline__ void decode(const Params& params, KvRing& ring, const Part& part, bool first, Shared& shared) {
+__device__ __forceinline__ void decode(const Params& params, KvRing& ring, const Part& part, Shared& shared) {
   const int warp = threadIdx.x / 32;
   const TileRows rows(params, part);
   const Results results = {params, rows, part};
   const vec<float, 2> scales = scales_of(params, part.kv_head);
   DecodeTile<BLOCKS> tile(params, part, rows);
-  if (first) ring.start();
-  tile.convert_queries();
   for (int position = part.first_step();;) {
     Stage& stage = ring.wait();
     if (position == part.first_step()) {
@@ -331,7 +329,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) persistent_attention(co
       const int first_row = threadIdx.x / 32 * ROWS;
       const TileRows rows(params, part);
       WarpTile tile(params, part, rows, first_row);
-      if (number == 0) ring.start();
       const float scale = scales_of(params, part.kv_head).at[0];
       Stage& last = attend_prefill(tile, ring, part.first_step(), first_row < part.tile.num_rows, scale);
       const Part again = parts_of_cta(params, number).get();  // else it would take registers all along
@@ -344,9 +341,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) persistent_attention(co
     }
 #endif
     if (part.tile.num_rows <= 8) {
-      decode<1>(params, ring, part, number == 0, shared);
+      decode<1>(params, ring, part, shared);
     } else {
-      decode<2>(params, ring, part, number == 0, shared);
+      decode<2>(params, ring, part, shared);
     }
   }
 }

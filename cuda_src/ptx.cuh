@@ -61,8 +61,7 @@ __device__ __forceinline__ void cp_async_4_or_zeros(void* shared, const void* gl
                : "memory");
 }
 
-// Brings the 128 bytes around an address nearer, into the L1 or the L2 cache.
-__device__ __forceinline__ void prefetch_global_l1(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
+// Brings the 128 bytes around an address nearer, into the L2 cache.
 __device__ __forceinline__ void prefetch_global_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Ends the group of this thread's copies issued since the last commit.
@@ -246,11 +245,6 @@ __device__ __forceinline__ unsigned lop3_and_or(unsigned a, unsigned b, unsigned
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
-__device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
-  unsigned sum;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-  return sum;
-}
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned mul_bf16x2(unsigned a, unsigned b) {
   unsigned product;
@@ -263,11 +257,6 @@ __device__ __forceinline__ unsigned sub_bf16x2(unsigned a, unsigned b) {
   return difference;
 }
 #endif
-__device__ __forceinline__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
-  unsigned sum;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
-  return sum;
-}
 
 // Below: the conversions where there is no instruction for them (sm_80, sm_86).
 __device__ __forceinline__ unsigned f16x2_of_e4m3x2(unsigned short codes);
@@ -367,11 +356,7 @@ __device__ __forceinline__ void tensor_copy_3d(void* shared, const TensorMap* ma
                : "r"(shared_address(shared)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
                : "memory");
 }
-// Brings a tensor map, not what it describes, to where copies look for it.
-__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-// tensor_copy_3d by a policy.
+// The same by a policy.
 __device__ __forceinline__ void tensor_copy_3d_hint(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long policy) {
   asm volatile(

@@ -37,30 +37,22 @@ __device__ __forceinline__ float value_of(unsigned key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// f(first token, values of four) for all of a row, 16 bytes a load where aligned, AT_ONCE loads under way together; the last four
-// may reach past the row.
-template <int AT_ONCE = 1, class F>
+// f(first token, values of four) for all of a row, 16 bytes a load where aligned; the last four may reach past the row.
+template <class F>
 __device__ __forceinline__ void for_each_four(const float* row, int vocab, F f) {
   const bool aligned = vocab % 4 == 0 && reinterpret_cast<u64>(row) % 16 == 0;
-  const int stride = 4 * blockDim.x;
-  for (int begin = 4 * threadIdx.x; begin < vocab; begin += AT_ONCE * stride) {
-    float four[AT_ONCE][4] = {};
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; n++) {
-      const int first = begin + n * stride;
-      if (aligned && first < vocab) {
-        const float4 values = *reinterpret_cast<const float4*>(row + first);
-        four[n][0] = values.x, four[n][1] = values.y, four[n][2] = values.z, four[n][3] = values.w;
-      } else {
-        for (int i = 0; i < 4; i++) {
-          if (first + i < vocab) four[n][i] = row[first + i];
-        }
-      }
+  for (int first = 4 * threadIdx.x; first < vocab; first += 4 * blockDim.x) {
+    float4 values = {};
+    if (aligned) {
+      values = *reinterpret_cast<const float4*>(row + first);
+    } else {
+      values.x = row[first];
+      if (first + 1 < vocab) values.y = row[first + 1];
+      if (first + 2 < vocab) values.z = row[first + 2];
+      if (first + 3 < vocab) values.w = row[first + 3];
     }
-#pragma unroll
-    for (int n = 0; n < AT_ONCE; n++) {
-      if (begin + n * stride < vocab) f(begin + n * stride, four[n]);
-    }
+    const float four[4] = {values.x, values.y, values.z, values.w};
+    f(first, four);
   }
 }
 
@@ -147,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
   const int b = blockIdx.x;
   const float* row = logits + static_cast<long long>(b) * vocab;
   const bool greedy = temperature[b] == 0;
-  const float divisor = temperature[b];
+  const float divisor = greedy ? 1.0f : temperature[b];
   auto larger = [](u64 a, u64 b) { return a < b ? b : a; };
 
   unsigned least_key = 0;
@@ -180,15 +172,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
   if (!greedy) least_weight = fmaxf(least_weight, min_p[b]);
 
   u64 best = 0xffffffffu;  // key of the value, then the complement of the token: of equal values the first token wins
-  auto offer = [&](float value, int token) { best = larger(best, static_cast<u64>(key_of(value)) << 32 | (0xffffffffu - token)); };
-  if (greedy) {
-    for_each_four<4>(row, vocab, [&](int first, const float(&four)[4]) {
-      for (int i = 0; i < 4; i++) {
-        if (first + i < vocab) offer(four[i], first + i);
-      }
-    });
-  }
-  for_each_four(row, greedy ? 0 : vocab, [&](int first, const float(&four)[4]) {
+  for_each_four(row, vocab, [&](int first, const float(&four)[4]) {
     unsigned kept = 0, word[4] = {};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -196,11 +180,12 @@ extern "C" __global__ void __launch_bounds__(1024) sample(
       const bool keep = key_of(scaled) >= least_key && (least_weight == 0 || expf(scaled - largest) >= least_weight);
       if (first + i < vocab && keep) kept |= 1u << i;
     }
-    if (kept) philox(seed[b], first / 4, position[b], candidate[b], word);
+    if (kept && !greedy) philox(seed[b], first / 4, position[b], candidate[b], word);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float uniform = (static_cast<float>(word[i] >> 9) + 0.5f) * 1.1920929e-7f;  // 2^-23
-      if (kept >> i & 1) offer(four[i] / divisor - logf(-logf(uniform)), first + i);
+      const float value = greedy ? four[i] : four[i] / divisor - logf(-logf(uniform));
+      if (kept >> i & 1) best = larger(best, static_cast<u64>(key_of(value)) << 32 | (0xffffffffu - (first + i)));
     }
   });
   best = block_reduce(best, shared.scratch, larger);

@@ -87,14 +87,8 @@ struct Finishing {
 #endif
       ahead.gain[i] = exists && product.gain != nullptr ? product.gain[row] : from_float<scalar>(0);
     }
-    if (product.finish == ADD) {
-      for_each_octet(tile, 0, 0, [&](int i, const Octet& octet) { fetch_residual(ahead.residual[i], octet); });
-    } else if (product.finish == QKV && &product != chain.products) {  // then shared.position is there
-      for_each_octet(tile, 0, 0, [&](int, const Octet& octet) {
-        if (!octet.exists || shared.position[octet.token] < 0) return;
-        for (int half = 0; half < 2; half++) prefetch_global_l1(angles_of(octet) + half * (chain.append.head_dim / 2));
-      });
-    }
+    if (product.finish != ADD) return ahead;
+    for_each_octet(tile, 0, 0, [&](int i, const Octet& octet) { fetch_residual(ahead.residual[i], octet); });
     return ahead;
   }
 
@@ -174,15 +168,12 @@ struct Finishing {
   struct Angles {
     vec<float, 8> cosine, sine;
   };
-  __device__ __forceinline__ const float* angles_of(const Octet& octet) const {  // cosines; sines half a head behind
-    const int head_dim = chain.append.head_dim;
-    const float* row = chain.append.rope_table + static_cast<long long>(shared.position[octet.token]) * head_dim;
-    return row + octet.row % (head_dim / 2);
-  }
   __device__ __forceinline__ void fetch_angles(Angles& angles, const Octet& octet) const {
     if (!octet.exists || shared.position[octet.token] < 0) return;
-    const float* source = angles_of(octet);
-    angles = {load<8>(source), load<8>(source + chain.append.head_dim / 2)};
+    const int head_dim = chain.append.head_dim;
+    const float* source = chain.append.rope_table + static_cast<long long>(shared.position[octet.token]) * head_dim;
+    source += octet.row % (head_dim / 2);
+    angles = {load<8>(source), load<8>(source + head_dim / 2)};
   }
   __device__ __forceinline__ void qkv(const Turned& turned, const Octet& octet, const Angles& angles) const {
     const Append& append = chain.append;

@@ -152,43 +152,28 @@ struct Cut {
   __device__ __forceinline__ int begin(int cta) const { return unit * (cta * each + min(cta, more)); }
 };
 
-// The tiles of this CTA, all of a size but the last. Every CTA has as many tiles as those with most strips, of which the last may
-// have no strips: CTAs of a cluster share what they read of x.
-struct Tiles {
-  int first, end, most, number;  // strips; of a tile; tiles
-
-  __device__ __forceinline__ explicit Tiles(const Product& product) {
-    const Cut cut(product);
-    first = cut.begin(blockIdx.x);
-    end = cut.begin(blockIdx.x + 1);
-    const int all = cut.begin(1);
-    number = (all + TILE_STRIPS - 1) / TILE_STRIPS;
-    most = ((all + number - 1) / number + STAGE_STRIPS - 1) / STAGE_STRIPS * STAGE_STRIPS;
-  }
-
-  // f(first strip, number of strips)
-  template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-    for (int tile = 0; tile < number; tile++) f(first + tile * most, max(0, min(most, end - first - tile * most)));
-  }
-};
+// f(first strip, number of strips) for the tiles of this CTA, all of a size but the last. Every CTA has as many tiles as those with
+// most strips, of which the last may have no strips: CTAs of a cluster share what they read of x.
+template <class F>
+__device__ __forceinline__ void for_each_tile(const Product& product, F f) {
+  const Cut cut(product);
+  const int end = cut.begin(blockIdx.x + 1), all = cut.begin(1);
+  const int tiles = (all + TILE_STRIPS - 1) / TILE_STRIPS;
+  const int most = ((all + tiles - 1) / tiles + STAGE_STRIPS - 1) / STAGE_STRIPS * STAGE_STRIPS;
+  int first = cut.begin(blockIdx.x);
+  for (int tile = 0; tile < tiles; tile++, first += most) f(first, max(0, min(most, end - first)));
+}
 
 __device__ __forceinline__ int num_slices(const Product& product) { return (product.inner + SLICE - 1) / SLICE; }
 
-// All slices. The clusters begin at different ones: no two neighbours want the same of x, and of memory not all the same columns.
-struct Slices {
-  int number, first;
-
-  __device__ __forceinline__ explicit Slices(const Product& product)
-      : number(num_slices(product)), first(blockIdx.x / CLUSTER % number) {}
-
-  // f(slice)
-  template <class F>
-  __device__ __forceinline__ void for_each(F f) const {
-    for (int slice = first; slice < number; slice++) f(slice);
-    for (int slice = 0; slice < first; slice++) f(slice);
-  }
-};
+// f(slice) for all of them. The clusters begin at different ones: no two neighbours want the same of x, and of memory not all the
+// same columns.
+template <class F>
+__device__ __forceinline__ void for_each_slice(const Product& product, F f) {
+  const int slices = num_slices(product), first = blockIdx.x / CLUSTER % slices;
+  for (int slice = first; slice < slices; slice++) f(slice);
+  for (int slice = 0; slice < first; slice++) f(slice);
+}
 
 // The first row of a strip. QKV's take turns between the halves of a head, whose elements turn together.
 __device__ __forceinline__ int row_of_strip(const Product& product, const Append& append, int strip) {

@@ -57,9 +57,8 @@ __device__ __forceinline__ void produce_weights(const Chain& chain, Shared& shar
   };
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
-    const Slices slices(product);
-    Tiles(product).for_each([&](int first, int count) {
-      slices.for_each([&](int slice) {
+    for_each_tile(product, [&](int first, int count) {
+      for_each_slice(product, [&](int slice) {
         for (int i = 0; i < count; i += STAGE_STRIPS) fetch(product, first + i, min(STAGE_STRIPS, count - i), slice);
       });
     });
@@ -70,13 +69,11 @@ __device__ __forceinline__ void produce_x(const Chain& chain, Shared& shared) {
   Turn<X_STAGES> turn;
   for (int p = 0; p < chain.num_products; p++) {
     const Product& product = chain.products[p];
-    const Tiles tiles(product);  // before the wait, as they take a while
-    const Slices slices(product);
     if (p) wait_for(chain.products[p - 1], chain.flag);
     mbarrier_arrive(&shared.x_made[p]);
     fence_proxy_async_global();
-    tiles.for_each([&](int, int) {
-      slices.for_each([&](int slice) {
+    for_each_tile(product, [&](int, int) {
+      for_each_slice(product, [&](int slice) {
         mbarrier_wait_parity(&shared.x_empty[turn.stage], turn.parity ^ 1);
         unsigned long long* full = &shared.x_full[turn.stage];
         mbarrier_arrive_expect_tx(full, sizeof(XSlice));
@@ -153,7 +150,7 @@ __device__ __forceinline__ void consume(const Chain& chain, Shared& shared) {
     const Product& product = chain.products[p];
     Finishing finishing{chain, product, shared, shared.factors[p]};
     bool any = false;
-    Tiles(product).for_each([&](int first, int count) {
+    for_each_tile(product, [&](int first, int count) {
       const Tile tile{first, count};
       mbarrier_wait_parity(&shared.x_full[x_turn.stage], x_turn.parity);  // all that came before is there
       Finishing::Ahead ahead = finishing.fetch(tile);
@@ -222,9 +219,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weight_stream(const __g
   if (warp == CONSUMER_WARPS) {
     if (threadIdx.x % 32 == 0) produce_weights(chain, shared);  // nobody's output: no need to wait for the kernel before
   } else {
-    if (warp == CONSUMER_WARPS + 1 && threadIdx.x % 32 < chain.num_products) {
-      prefetch_tensor_map(&chain.products[threadIdx.x % 32].x);  // else the first copy of each waits for it
-    }
     griddepcontrol_wait();
     if (warp < CONSUMER_WARPS) {
       consume(chain, shared);

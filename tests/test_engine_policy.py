@@ -122,6 +122,26 @@ def test_what_follows_a_forgotten_block_does_not_follow_what_takes_its_place():
     assert last.num_computed == 8
 
 
+def test_a_block_keeps_its_key_when_a_fork_publishes_it_again():
+    """In between, what came before it was lost, and computed again by somebody else: other blocks, of other numbers."""
+    blocks = BlockManager(8, 1)
+    other, parent = sequence([1, 2]), sequence([1, 2, 3])
+    compute(blocks, other)
+    parent.use_cache = False
+    assert blocks.admit(parent)
+    parent.num_computed = 3
+    child = blocks.fork(parent)
+    blocks.publish(parent)
+    blocks.release(other)
+    filling = sequence([5, 6, 7, 8])  # takes the blocks of `other` too
+    assert blocks.admit(filling)
+    blocks.release(filling)
+    again = sequence([1, 2])
+    compute(blocks, again)
+    blocks.publish(child)
+    blocks.validate([parent, child, again])
+
+
 def test_one_that_ended_in_the_step_is_passed_over():
     scheduler = Scheduler(BlockManager(20, 4), 8, 64)
     one, two = sequence(range(9)), sequence(range(50, 59))

@@ -112,10 +112,7 @@ def test_text_stops_and_logprobs_are_the_same(folder, plain, first_wrong):
     for request, got in zip(expected, llm.generate(prompts, free), strict=True):
         a, b = request.outputs[0], got.outputs[0]
         assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
-        for one, other in zip(a.logprobs, b.logprobs, strict=True):  # the others but the drawn may be near-ties
-            assert next(iter(one)) == next(iter(other))
-            found, wanted = ([each.logprob for each in entry.values()] for entry in (other, one))
-            assert found == pytest.approx(wanted, abs=1e-3)
+        assert [list(entry) for entry in a.logprobs] == [list(entry) for entry in b.logprobs]
         assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
         stop = a.text[7:10]
         cut = SamplingParams(temperature=0, max_tokens=30, logit_bias=only_letters, frequency_penalty=0.5, stop=[stop])

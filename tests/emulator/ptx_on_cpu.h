@@ -5,7 +5,6 @@
 inline unsigned char* shared_memory() { return static_cast<unsigned char*>(simt::shared_memory()); }
 inline void cp_async_16(void* shared, const void* global) { simt::copy_async(shared, global, 16); }
 inline void cp_async_4(void* shared, const void* global) { simt::copy_async(shared, global, 4); }
-inline void prefetch_global_l1(const void*) {}
 inline void prefetch_global_l2(const void*) {}
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int N>
@@ -148,14 +147,6 @@ inline unsigned sub_f16x2(unsigned a, unsigned b) {
   return simt_f16x2([](double x, double y) { return x - y; }, a, b);
 }
 inline unsigned lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
-inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
-  unsigned sum = 0;
-  for (int i = 0; i < 32; i += 16) {  // both in turn
-    const double product = double(simt_half(a >> i & 0xffff)) * double(simt_half(b >> i & 0xffff));
-    sum |= (simt_f16x2([=](double, double z) { return product + z; }, 0, c >> i & 0xffff) & 0xffff) << i;
-  }
-  return sum;
-}
 template <class Operation>
 inline unsigned simt_bf16x2(Operation operation) {  // of a shift
   unsigned pair = 0;
@@ -177,9 +168,6 @@ inline unsigned min_nan_bf16x2(unsigned a, unsigned b) {
 }
 inline unsigned max_nan_bf16x2(unsigned a, unsigned b) {
   return simt_bf16x2([=](auto at) { return at(a) != at(a) || at(b) != at(b) ? NAN : at(a) > at(b) ? at(a) : at(b); });
-}
-inline unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
-  return simt_bf16x2([=](auto at) { return at(a) * at(b) + at(c); });
 }
 
 inline float simt_e4m3(unsigned code) {  // 1 sign, 4 exponent and 3 mantissa bits; no infinities
@@ -224,7 +212,6 @@ inline void tensor_copy_3d(void* shared, const TensorMap* map, int x, int y, int
   static_assert(sizeof(simt::HostTensorMap) <= sizeof(TensorMap));
   simt::copy_box(shared, *reinterpret_cast<const simt::HostTensorMap*>(map), {x, y, z, 0}, barrier);
 }
-inline void prefetch_tensor_map(const TensorMap*) {}
 inline void tensor_copy_3d_hint(
     void* shared, const TensorMap* map, int x, int y, int z, unsigned long long* barrier, unsigned long long) {
   tensor_copy_3d(shared, map, x, y, z, barrier);

@@ -15,8 +15,7 @@ from cupaged.model.llama import Batch
 from cupaged.ops import cuda, products
 
 LIMIT = 2e-2  # ||logits - those of the operations one by one|| / ||those||
-# The same of what a request's or a batch's steps append of K or V to a layer, where a code may fall the other way
-APPENDED_LIMIT = {"auto": 2e-2, "int8": 3e-2, "fp8": 4e-2}
+APPENDED_LIMIT = {"auto": 2e-2, "int8": 4e-2, "fp8": 6e-2}  # the same of K and V, where a code may fall the other way
 MODELS = ("llama-gqa", "llama-bias", "llama-tied", "qwen2-window", "qwen3-window")
 
 
@@ -99,22 +98,19 @@ def test_logits_of_a_batch_are_those_of_the_operations(load, name, kv_dtype, qua
         if ops is None and model.decoder.takes(batch):
             beside = Beside(model.ops, batch)
             steps.append((cuda.download(logits), cuda.download(forward(batch, *pools, ops=beside))))
-            appended[-1].append(beside.appended)
+            appended.extend(beside.appended)
         return logits
 
     model.forward = both
     model.decoder.queue = None  # every step by `forward`
-    params = [SamplingParams(temperature=0, max_tokens=9 + i % 7, ignore_eos=True, logprobs=0) for i in range(200)]
+    params = [SamplingParams(temperature=0, max_tokens=2 + i % 7, ignore_eos=True, logprobs=0) for i in range(200)]
     for count in (200, 96, 64, 29, 12, 3, 1):
-        appended.append([])
         llm.generate([{"prompt_token_ids": ids} for ids in prompts[:count]], params[:count])
     assert {200, 96, 64, 29, 12, 3, 1} <= {len(got) for got, _ in steps}
     for got, want in steps:
         assert np.linalg.norm(got - want) <= LIMIT * np.linalg.norm(want)
-    for run in appended:
-        for of_one in zip(*run, strict=True):
-            got, want = (np.concatenate(arrays) for arrays in zip(*of_one, strict=True))
-            assert np.linalg.norm(got - want) <= APPENDED_LIMIT[kv_dtype] * np.linalg.norm(want)
+    for got, want in appended:
+        assert np.linalg.norm(got - want) <= APPENDED_LIMIT[kv_dtype] * np.linalg.norm(want)
 
 
 def steps_of(llm, count, rng):
