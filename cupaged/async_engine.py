@@ -128,7 +128,8 @@ class AsyncEngine:
     async def close(self) -> None:
         """End all requests, whose readers get what there is with finish_reason "abort", and the thread.
 
-        The LLM may then be used directly again, and the engine no more. Harmless when it is closed already.
+        A request whose prompt is still being encoded has nothing yet: its reader gets the error that later ones get. The LLM
+        may then be used directly again, and the engine no more. Harmless when it is closed already.
         """
         if self._refusal is None:
             self._refusal = "the AsyncEngine is closed; make another one"

@@ -441,6 +441,8 @@ def test_close_ends_what_runs_and_refuses_what_comes(llm):
         holder = asyncio.create_task(hold(engine, started, busy_elsewhere=False))
         endless = [asyncio.create_task(last(engine, [n], greedy(900))) for n in range(12)]  # more than run at once
         await started.wait()
+        while (stats := await engine.stats()).num_running + stats.num_waiting < 13:  # some prompts are still being encoded
+            await asyncio.sleep(0.002)
         await engine.close()
         assert llm.pool_stats().used_blocks == 0
         outputs = await asyncio.gather(*endless)
@@ -450,6 +452,28 @@ def test_close_ends_what_runs_and_refuses_what_comes(llm):
             await last(engine, [1], greedy(1))
         await engine.close()
         assert llm.generate([1], greedy(2))[0].finished
+
+    asyncio.run(main())
+
+
+def test_close_refuses_a_request_whose_prompt_is_still_being_encoded(llm, monkeypatch):
+    encode_prompt = llm.encode_prompt
+    begun, may_end = threading.Event(), threading.Event()
+
+    def encodes_slowly(prompt):
+        begun.set()
+        assert may_end.wait(10)
+        return encode_prompt(prompt)
+
+    async def main() -> None:
+        engine = AsyncEngine(llm)
+        monkeypatch.setattr(llm, "encode_prompt", encodes_slowly)
+        request = asyncio.create_task(last(engine, [1], greedy(900)))
+        await asyncio.to_thread(begun.wait)
+        await engine.close()
+        may_end.set()
+        with pytest.raises(CupagedError, match="closed"):
+            await request
 
     asyncio.run(main())
 
