@@ -72,6 +72,12 @@ async def until(holds: Callable[[], bool], seconds: float = 5) -> None:
         await asyncio.sleep(0.002)
 
 
+async def until_added(engine: AsyncEngine, count: int) -> None:
+    """Until the engine has so many unfinished requests: a prompt is encoded first, which takes as long as it takes."""
+    while (stats := await engine.stats()).num_running + stats.num_waiting < count:
+        await asyncio.sleep(0.002)
+
+
 def test_many_tasks_get_what_each_request_gives_alone(llm):
     rng = random.Random(SEED)
     requests = [(random_prompt(rng), greedy(rng.randint(1, 30))) for _ in range(24)]
@@ -207,10 +213,10 @@ def test_the_smallest_priority_goes_first(llm):
                 await last(engine, [1, 2], greedy(20), priority=priority)
                 order.append(name)
 
-            busy = [engine.generate([n], greedy(200)) for n in range(8)]  # as many as run at a time
+            busy = [engine.generate([n], greedy(900)) for n in range(8)]  # as many as run at a time
             await asyncio.gather(*map(anext, busy))
             later = [asyncio.create_task(ask(name, priority)) for name, priority in (("last", 2), ("second", 1), ("first", 0))]
-            await asyncio.sleep(0)  # all of them are waiting
+            await until_added(engine, 8 + 3)
             await busy[0].aclose()  # one place is free from now on
             await asyncio.gather(*later)
             for outputs in busy[1:]:
@@ -441,8 +447,7 @@ def test_close_ends_what_runs_and_refuses_what_comes(llm):
         holder = asyncio.create_task(hold(engine, started, busy_elsewhere=False))
         endless = [asyncio.create_task(last(engine, [n], greedy(900))) for n in range(12)]  # more than run at once
         await started.wait()
-        while (stats := await engine.stats()).num_running + stats.num_waiting < 13:  # some prompts are still being encoded
-            await asyncio.sleep(0.002)
+        await until_added(engine, 13)
         await engine.close()
         assert llm.pool_stats().used_blocks == 0
         outputs = await asyncio.gather(*endless)
