@@ -62,6 +62,7 @@ PARAMS = [
     {"temperature": 1.0, "seed": 5, "n": 3},
     {"temperature": 0.8, "seed": 6, "top_p": 0.8, "frequency_penalty": 1.0},
     {"temperature": 2.0, "seed": 7, "top_k": 5, "min_p": 0.01, "stop_token_ids": [65, 66, 67, 68]},
+    {"temperature": 0, "logit_bias": {65: 100.0}},  # repeats itself, and is the last: some of its guesses find room
 ]
 
 
