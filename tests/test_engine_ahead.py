@@ -186,7 +186,7 @@ def test_a_new_request_is_computed_beside_the_step_ahead():
 
 
 def test_no_step_ahead_where_the_pool_has_no_room_for_all():
-    engine = engine_of(num_blocks=7, block_size=2, caching=False)
+    engine = engine_of(num_blocks=9, block_size=2, caching=False)
     decoder, requests = engine.model.decoder, Requests(engine)
     for number in (1, 2):
         requests.add([number, 2, 3], **forever(number)[1] | {"max_tokens": 9})
@@ -465,11 +465,11 @@ TestServing.settings = settings(max_examples=100, stateful_step_count=40, deadli
 def test_a_model_of_numpy_gives_what_it_gives_step_by_step(tmp_path):
     folder = tiny_models.write_model(tmp_path, tiny_models.CONFIGS["llama-gqa"])
     plain, rng = LLM(folder, device="cpu", kv_memory="4MB"), np.random.default_rng([SEED, 7])
-    prompts = [rng.integers(0, 256, length).tolist() for length in (9, 14, 21, 1, 30, 9)]
+    prompts = [rng.integers(0, 256, length).tolist() for length in (9, 4, 2, 1, 30, 9)]
     hows = [{"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "seed": 4, "top_k": 9}] * 2
     params = [SamplingParams(max_tokens=20, ignore_eos=True, **how) for how in hows]
     expected = [step_by_step.complete(plain, prompt, how) for prompt, how in zip(prompts, params, strict=True)]
-    for sizes in ({}, {"block_size": 4, "kv_memory": 24 * 4 * 1536, "max_num_batched_tokens": 20}):
+    for sizes in ({}, {"block_size": 4, "kv_memory": 19 * 4 * 1536, "max_num_batched_tokens": 20}):
         llm = LLM(folder, device="cpu", **{"kv_memory": "4MB", **sizes})
         model, forward, pool = llm.engine.model, llm.engine.model.forward, llm.engine.pool
         model.ops = LazyOps()

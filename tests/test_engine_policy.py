@@ -24,6 +24,11 @@ def compute(blocks, seq):
     blocks.publish(seq)
 
 
+def occupy(blocks, num_blocks):
+    """A sequence beside the scheduler's, as beam search has them, takes so many blocks."""
+    compute(blocks, sequence(range(1000, 1000 + num_blocks * blocks.block_size)))
+
+
 def test_equal_prefixes_share_blocks_and_one_token_is_left_to_compute():
     blocks = BlockManager(20, 4)
     first = sequence(range(12))
@@ -159,11 +164,12 @@ def test_one_that_ended_in_the_step_is_passed_over():
 
 @pytest.mark.parametrize("num_blocks", [6, 5])
 def test_room_for_the_step_ahead_is_for_all_who_go_on_or_for_nobody(num_blocks):
-    scheduler = Scheduler(BlockManager(num_blocks, 4), 8, 64)
+    scheduler = Scheduler(BlockManager(num_blocks + 3, 4), 8, 64)
     sequences = [sequence(range(10 * i, 10 * i + 3), most) for i, most in enumerate((9, 5, 9))]
     for seq in sequences:
         scheduler.add(seq)
     run(scheduler, 1)
+    occupy(scheduler.blocks, 3)
     assert scheduler.schedule() == [(seq, 1) for seq in sequences]
     assert scheduler.reserve(sequences) == ([0, 2] if num_blocks == 6 else [])  # the next token of the second is its last
     assert len(sequences[1].page_table) == 1
@@ -295,7 +301,7 @@ def test_decodes_go_before_prefill_chunks(budget):
 
 
 def test_the_youngest_makes_room_and_comes_back():
-    blocks = BlockManager(5, 2)
+    blocks = BlockManager(5 + 4, 2)
     scheduler = Scheduler(blocks, 8, 64)
     old, young = sequence([1, 2, 3, 4]), sequence([5, 6, 7, 8])
     scheduler.add(old)
@@ -304,6 +310,7 @@ def test_the_youngest_makes_room_and_comes_back():
         seq.num_computed += count
         blocks.publish(seq)
         seq.token_ids.append(9)
+    occupy(blocks, 4)
     assert scheduler.schedule() == [(old, 1)]
     assert list(scheduler.waiting) == [young]
     scheduler.remove(old)
@@ -414,7 +421,7 @@ def test_one_that_makes_room_for_an_earlier_prefill_loses_its_turn(max_chunk):
 
 
 def test_priority_goes_before_arrival_and_the_least_urgent_makes_room():
-    blocks = BlockManager(5, 2)
+    blocks = BlockManager(5 + 4, 2)
     scheduler = Scheduler(blocks, 8, 64)
     first, urgent = sequence([1, 2, 3, 4]), sequence([5, 6, 7, 8])
     urgent.priority = -1
@@ -424,6 +431,7 @@ def test_priority_goes_before_arrival_and_the_least_urgent_makes_room():
     for seq in (urgent, first):
         seq.num_computed = 4
         seq.token_ids.append(9)
+    occupy(blocks, 4)
     assert scheduler.schedule() == [(urgent, 1)]
     assert scheduler.waiting == [first]
     assert scheduler.num_preemptions == 1
@@ -499,7 +507,7 @@ def test_prompt_lookup_is_what_a_search_would_find():
 def test_guesses_take_no_budget_from_decodes_nor_blocks_from_anyone():
     blocks = BlockManager(1 + 64 * 3, 4)
     scheduler = Scheduler(blocks, 64, 80)
-    sequences = [sequence(range(100 * i, 100 * i + 5)) for i in range(64)]
+    sequences = [sequence(range(100 * i, 100 * i + 5), 12) for i in range(64)]
     for seq in sequences:
         scheduler.add(seq)
     for step in range(40):
@@ -517,7 +525,7 @@ def test_guesses_take_no_budget_from_decodes_nor_blocks_from_anyone():
 
 
 def test_a_guess_that_finds_no_block_is_dropped():
-    blocks = BlockManager(3, 4)
+    blocks = BlockManager(3 + 2, 4)
     scheduler = Scheduler(blocks, 2, 80)
     first, second = sequence([1, 2, 3]), sequence([4, 5, 6])
     for seq in (first, second):
@@ -526,6 +534,7 @@ def test_a_guess_that_finds_no_block_is_dropped():
         seq.num_computed += count
         seq.token_ids.append(9)
         seq.draft = [8, 8]
+    occupy(blocks, 2)
     assert scheduler.schedule() == [(first, 1), (second, 1)]
     assert first.draft == second.draft == []
 
@@ -542,3 +551,81 @@ def test_a_prompt_that_found_no_room_is_admitted_once_there_is_some():
             assert seq is first
     scheduler.remove(first)
     assert scheduler.schedule() == [(second, 8)]
+
+
+def serve(scheduler, lengths):
+    """Add a (prompt, tokens that come, max_tokens) for each of `lengths` and run them all; how many ran at once at most."""
+    ends = {}
+    for number, (num_prompt, num_new, limit) in enumerate(lengths):
+        seq = sequence([number, *[7] * (num_prompt - 1)], num_prompt + limit)
+        ends[seq] = num_prompt + num_new
+        scheduler.add(seq)
+    most = 0
+    while scheduler.running or scheduler.waiting:
+        run(scheduler, 1)
+        most = max(most, len(scheduler.running))
+        for seq in [seq for seq in scheduler.running if seq.num_tokens >= ends[seq]]:
+            scheduler.remove(seq)
+    return most
+
+
+@pytest.mark.parametrize("spare", [0, 1000])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_what_fits_at_full_length_runs_at_once_and_nobody_is_preempted(size, spare):
+    rng = random.Random(secrets.randbits(32))
+    lengths = [(rng.randint(1, 90), *[rng.randint(2, 60)] * 2) for _ in range(40)]
+    num_blocks = sum(-(-(num_prompt + num_new) // size) for num_prompt, num_new, _ in lengths)
+    scheduler = Scheduler(BlockManager(1 + num_blocks + spare, size), 40, 10**6)
+    assert serve(scheduler, lengths) == 40
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("budget", [10**6, 200])
+def test_of_more_than_fit_as_many_run_as_will_fit_at_full_length(budget):
+    lengths = [(64, 16, 16)] * 40
+    scheduler = Scheduler(BlockManager(1 + 25 * 20, 4), 40, budget)
+    assert 25 <= serve(scheduler, lengths) <= 26
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_limit_that_is_seldom_reached_keeps_nobody_waiting_for_long():
+    """Until some have ended, room is kept for as many tokens as a prompt has; then for as many as those that ended had."""
+    lengths = [(64, 8, 4096)] * 60
+    scheduler = Scheduler(BlockManager(1 + 40 * 18, 4), 60, 10**6)
+    assert serve(scheduler, lengths[:30]) >= 20
+    assert serve(scheduler, lengths) >= 38
+    assert scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize(("num_blocks", "together"), [(18, 3), (17, 2)])
+def test_what_one_that_ends_gives_back_is_counted_on_but_not_before(num_blocks, together):
+    scheduler = Scheduler(BlockManager(1 + num_blocks, 4), 8, 80)
+    assert serve(scheduler, [(30, 2, 2), (16, 16, 16), (16, 16, 16)]) == together  # of 8 blocks each at full length
+    assert scheduler.num_preemptions == 0
+
+
+def test_one_that_grows_beyond_its_prompt_does_not_keep_others_out():
+    """To be preempted after having generated more than is then computed again is better than to wait."""
+    scheduler = Scheduler(BlockManager(1 + 100, 4), 60, 10**6)
+    assert serve(scheduler, [(4, 200, 200)] * 30) >= 25
+
+
+@pytest.mark.parametrize("limit", [10**9, 1])
+def test_a_sequence_alone_is_always_admitted(limit):
+    scheduler = Scheduler(BlockManager(5, 4), 4, 80)
+    whole = sequence(range(16), 16 + limit)
+    scheduler.add(whole)
+    scheduler.add(sequence([5]))
+    assert scheduler.schedule() == [(whole, 16)]
+
+
+def test_who_waits_for_room_is_not_overtaken_by_one_that_has_it():
+    scheduler = Scheduler(BlockManager(1 + 12, 4), 4, 80)
+    first, large, small = sequence(range(16), 32), sequence(range(50, 70), 28), sequence([5], 6)
+    for seq in (first, large, small):
+        scheduler.add(seq)
+    for _ in range(16):
+        run(scheduler, 1)
+        assert scheduler.running == [first]
+    scheduler.remove(first)
+    assert [seq for seq, _ in scheduler.schedule()] == [large, small]

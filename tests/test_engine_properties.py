@@ -325,7 +325,7 @@ def test_nobody_starves_while_newcomers_never_stop(max_chunk):
         if step < 50:
             first.append(history.sequences[-1])
             work += first[-1].max_tokens
-        history.step(rng.randint(0, 1))
+        history.step(rng.randint(0, 1), fork=step >= 50 and rng.random() < 0.1)
         first = [seq for seq in first if seq in history.sequences]
         if step >= 50 and not first:
             break

@@ -51,7 +51,7 @@ OPTIONS = [
     {"block_size": 1},
     {"enable_prefix_caching": False},
     {"max_num_batched_tokens": 6},
-    {"block_size": 4, "kv_memory": 26 * BLOCK_BYTES},
+    {"block_size": 4, "kv_memory": 15 * BLOCK_BYTES},
     {"max_num_seqs": 2, "block_size": 2},
 ]
 PARAMS = [

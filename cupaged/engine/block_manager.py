@@ -35,6 +35,7 @@ class BlockManager:
         self._key_of: list[bytes | None] = [None] * num_blocks  # of those that can be found
         self._copies: dict[int, int] = {}  # target -> source, whose owner each is too until `copied`
         self._readers: Counter[int] = Counter()  # source -> how many copies will be made of it
+        self.num_releases = 0  # how often a sequence has given its blocks back
         self._peak_used = 0  # up to when blocks were given back last
 
     @property
@@ -71,10 +72,11 @@ class BlockManager:
                 filled[block] = max(filled.get(block, 0), inside)
         return len(filled) * self.block_size - sum(filled.values())
 
-    def admit(self, seq: Sequence, running: Iterable[Sequence] = ()) -> bool:
+    def admit(self, seq: Sequence, running: Iterable[Sequence] = (), spare: int = 0) -> bool:
         """Give a sequence without blocks those of its prefix, cached or owned by `running` ones, and room for all other tokens.
 
-        At least one token is left to compute. False, and nothing changed, if the pool has no room.
+        At least one token is left to compute. False, and nothing changed, if the pool has no room or keeps fewer than `spare`
+        blocks free.
         """
         found: list[int] = []
         if self._caching and seq.use_cache:
@@ -90,7 +92,7 @@ class BlockManager:
                 found.append(block)
                 before = self._number_of[block]
         num_shared = sum(self._owners[block] > 0 for block in found)
-        if -(-seq.num_tokens // self.block_size) - num_shared > self.num_free:
+        if -(-seq.num_tokens // self.block_size) - num_shared + spare > self.num_free:
             return False
         for block in found:
             self._owners[block] += 1
@@ -191,6 +193,7 @@ class BlockManager:
         self._disown(reversed(seq.page_table))
         del seq.page_table[:]
         seq.num_computed = seq.num_published = seq.num_writable = 0
+        self.num_releases += 1
 
     def reconcile(self, sequences: Iterable[Sequence]) -> None:
         """Make the books anew from the page tables of all living sequences, after Ctrl-C in the midst of book-keeping.
