@@ -117,16 +117,25 @@ class BlockManager:
         if len(shared) + pages - end > len(self._blank) + len(self._cached):
             return False
         for index in shared:
-            block, old = self._take(), table[index]
+            [block], old = self._take(1), table[index]
             if index == first and seq.num_computed % size:
                 self._copies[block] = old  # inherits the ownership that the sequence gives up
                 self._readers[old] += 1
             else:
                 self._owners[old] -= 1  # nothing is in it
             table[index] = block
-        while len(table) < pages:
-            table.append(self._take())
+        if end < pages:
+            table.extend(self._take(pages - end))
         seq.num_writable = pages * size
+        return True
+
+    def begin_blocks(self, sequences: list[Sequence]) -> bool:
+        """One block more for each; False, and nothing changed, if the pool cannot, or some of theirs are not theirs alone."""
+        if len(sequences) > self.num_free or not all(seq.num_writable for seq in sequences):
+            return False
+        for seq, block in zip(sequences, self._take(len(sequences)), strict=True):
+            seq.page_table.append(block)
+            seq.num_writable += self.block_size
         return True
 
     def copies(self) -> list[tuple[int, int]]:
@@ -169,17 +178,17 @@ class BlockManager:
 
     def publish(self, seq: Sequence) -> None:
         """Make the blocks that are full of computed tokens, those of a draft not counted, findable by content."""
-        size, table, number_of = self.block_size, seq.page_table, self._number_of
+        size, table, token_ids = self.block_size, seq.page_table, seq.token_ids
+        number_of, block_of, key_of, key_to = self._number_of, self._block_of, self._key_of, self._key
         first, full = seq.num_published // size, min(seq.num_computed, seq.num_tokens) // size
         if self._caching:
             before = number_of[table[first - 1]] if first else 0
-            for index in range(first, full):
-                block = table[index]
-                if self._key_of[block] is None:  # else a fork has published it, perhaps behind another block
-                    key = self._key(before, *seq.token_ids[index * size : (index + 1) * size])
-                    found = self._block_of.setdefault(key, block)
+            for block, start in zip(table[first:full], range(first * size, full * size, size), strict=True):
+                if key_of[block] is None:  # else a fork has published it, perhaps behind another block
+                    key = key_to(before, *token_ids[start : start + size])
+                    found = block_of.setdefault(key, block)
                     if found == block:
-                        self._key_of[block] = key
+                        key_of[block] = key
                     else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
                         number_of[block] = number_of[found]
                 before = number_of[block]
@@ -234,7 +243,7 @@ class BlockManager:
         assert owners == self._owners
         for seq in sequences:
             first, last = seq.num_computed // self.block_size, seq.num_writable // self.block_size
-            assert last <= len(seq.page_table)
+            assert last in (0, len(seq.page_table))
             assert not any(map(self._is_shared, seq.page_table[first:last]))
         assert owners[0] == 0
         free = [*self._blank, *self._cached]
@@ -248,28 +257,32 @@ class BlockManager:
         """Whether several sequences have it. Being copied from does not count: copies are made before anyone writes."""
         return self._owners[block] - self._readers[block] > 1
 
-    def _take(self) -> int:
-        """The block to be used next, its content forgotten."""
-        if self._blank:
-            block = self._blank.pop()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._key_of[block]]
-            self._key_of[block] = None
-        self._number_of[block] = next(self._numbers)
-        self._owners[block] = 1
-        return block
+    def _take(self, count: int) -> list[int]:
+        """The blocks to be used next, their content forgotten."""
+        blank, cached, block_of, key_of = self._blank, self._cached, self._block_of, self._key_of
+        owners, number_of = self._owners, self._number_of
+        taken: list[int] = []
+        for number in itertools.islice(self._numbers, count):
+            if blank:
+                block = blank.pop()
+            else:
+                block, _ = cached.popitem(last=False)
+                del block_of[key_of[block]]
+                key_of[block] = None
+            number_of[block], owners[block] = number, 1
+            taken.append(block)
+        return taken
 
     def _disown(self, blocks: Iterable[int]) -> None:
         """One owner less of each; those without any are free."""
         self._peak_used = self.peak_used
-        owners, key_of = self._owners, self._key_of
+        owners, key_of, copies = self._owners, self._key_of, self._copies
         for block in blocks:
             owners[block] -= 1
             if owners[block]:
                 continue
-            if block in self._copies:  # nobody needs the copy any more
-                source = self._copies.pop(block)
+            if block in copies:  # nobody needs the copy any more
+                source = copies.pop(block)
                 self._readers[source] -= 1
                 self._disown([source])
             if key_of[block] is None:

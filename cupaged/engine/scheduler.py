@@ -69,33 +69,34 @@ class Scheduler:
         The tokens are those of token_ids from num_computed on, then those of the draft, which is dropped where it has no room.
         """
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
-        decodes: list[tuple[Sequence, int]] = []
+        decoding, prefills = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed == 1], []
+        if len(decoding) < len(self.running):
+            prefills = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed > 1]
+        for seq in decoding[budget:]:
+            seq.draft.clear()
+        del decoding[budget:]
+        full = [seq for seq in decoding if seq.num_computed >= seq.num_writable]
+        if not self.blocks.begin_blocks(full):
+            for seq in full:
+                if seq.page_table:  # else it was preempted for an earlier one
+                    self._grow(seq, 1)
+            decoding = [seq for seq in decoding if seq.page_table]
+        budget -= len(decoding)
         chunks: list[tuple[Sequence, int]] = []
-        prefills, guessing = [], False
-        enough = len(self.running) <= budget
-        for seq in self.running:  # a preemption takes its last one
-            missing = len(seq.token_ids) - seq.num_computed
-            if missing > 1:
-                prefills.append(seq)
-            elif missing and (enough or len(decodes) < budget) and (seq.num_computed < seq.num_writable or self._grow(seq, 1)):
-                decodes.append((seq, 1))
-                if seq.draft:
-                    guessing = True
-            else:
-                seq.draft.clear()
-        budget -= len(decodes)
         for seq in prefills:
             count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
             if count and seq.page_table and self._grow(seq, count):
                 chunks.append((seq, count))
                 budget -= count
-            while decodes and not decodes[-1][0].page_table:  # preempted for this one
-                decodes.pop()
+            while decoding and not decoding[-1].page_table:  # preempted for this one
+                decoding.pop()
                 budget += 1
         if self.num_preemptions == num_preemptions:  # whoever had to leave in this step does not come back in it
             budget = self._admit(budget, chunks)
-        for place, (seq, _) in enumerate(decodes if guessing else ()):
+        decodes = [(seq, 1) for seq in decoding]
+        for place in [place for place, seq in enumerate(decoding) if seq.draft]:
             # Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all.
+            seq = decoding[place]
             count = len(seq.draft)
             if count <= budget and self.blocks.grow(seq, seq.num_tokens + count):
                 decodes[place] = seq, 1 + count
@@ -106,14 +107,9 @@ class Scheduler:
 
     def reserve(self, sequences: list[Sequence]) -> list[int]:
         """Which of these decodes go on behind the token that they are about to get: their places; none if not all have room."""
-        going: list[int] = []
-        for place, seq in enumerate(sequences):
-            num_tokens = seq.num_computed + 2
-            if num_tokens < seq.max_tokens:
-                if num_tokens > seq.num_writable and not self.blocks.grow(seq, num_tokens):
-                    return []  # somebody is about to be preempted
-                going.append(place)
-        return going
+        going = [place for place, seq in enumerate(sequences) if seq.num_computed + 2 < seq.max_tokens]
+        full = [seq for seq in sequences if seq.num_writable < seq.num_computed + 2 < seq.max_tokens]
+        return going if self.blocks.begin_blocks(full) else []  # or somebody is about to be preempted
 
     def recover(self, others: Iterable[Sequence] = ()) -> None:
         """After an exception (Ctrl-C too) at any place in a step: all sequences wait, to be computed again from their tokens.
