@@ -89,6 +89,22 @@ def test_what_was_generated_is_found_while_its_sequence_runs_and_after(running, 
         assert second.page_table[:3] == first.page_table[:3]
 
 
+def test_what_is_left_of_a_sequence_is_found_up_to_the_first_block_that_was_taken():
+    scheduler = Scheduler(BlockManager(1 + 6, 4), 8, 64)
+    first = sequence(range(100, 121))
+    scheduler.add(first)
+    run(scheduler, 1)
+    scheduler.remove(first)
+    assert scheduler.blocks.num_cached == 5
+    other = sequence(range(12))
+    assert scheduler.blocks.grow(other, 12)  # in the one that was never used, and the last two of the five
+    scheduler.blocks.release(other)
+    again = sequence(first.token_ids)
+    assert scheduler.blocks.admit(again)
+    assert again.num_computed == 12
+    scheduler.blocks.validate([again])
+
+
 def test_of_equal_blocks_one_is_found_and_so_is_what_follows_the_other():
     scheduler = Scheduler(BlockManager(40, 4), 8, 64)
     one, two = sequence(range(9)), sequence(range(9))

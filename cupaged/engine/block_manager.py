@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -33,6 +34,9 @@ class BlockManager:
         self._key = struct.Struct(f"q{block_size}i").pack
         self._block_of: dict[bytes, int] = {}
         self._key_of: list[bytes | None] = [None] * num_blocks  # of those that can be found
+        # What is left of sequences that had published their first block only, by its number: their tokens, their full blocks,
+        # and the numbers of these, which tell whether somebody has taken them since.
+        self._unpublished: dict[int, list[tuple[list[int], array[int], list[int]]]] = {}
         self._copies: dict[int, int] = {}  # target -> source, whose owner each is too until `copied`
         self._readers: Counter[int] = Counter()  # source -> how many copies will be made of it
         self.num_releases = 0  # how often a sequence has given its blocks back
@@ -85,12 +89,10 @@ class BlockManager:
                 block = self._block_of.get(self._key(before, *seq.token_ids[start : start + size]))
                 if block is None:
                     break
-                if not found:  # somebody begins like this one: see `advance`
-                    for other in running:
-                        if other.num_computed - other.num_published >= size:
-                            self.publish(other)
-                found.append(block)
                 before = self._number_of[block]
+                if not found:
+                    self._publish_all(before, running)
+                found.append(block)
         num_shared = sum(self._owners[block] > 0 for block in found)
         if -(-seq.num_tokens // self.block_size) - num_shared + spare > self.num_free:
             return False
@@ -169,38 +171,31 @@ class BlockManager:
         """The K/V of so many more tokens of each sequence are in the pool.
 
         A sequence's first block is published once it is full. The others follow when somebody comes who begins with that one
-        (`admit`), or when the sequence gives its blocks back: nobody looks for them before.
+        (`admit`), be it after the sequence has given its blocks back: nobody looks for them before, and most are never found.
         """
         for seq, count in scheduled:
             seq.num_computed += count
             if not seq.num_published and seq.num_computed >= self.block_size and seq.page_table:  # else it has ended meanwhile
-                self.publish(seq)
+                self._publish(seq, min(1, self._num_full(seq)))
 
     def publish(self, seq: Sequence) -> None:
         """Make the blocks that are full of computed tokens, those of a draft not counted, findable by content."""
-        size, table, token_ids = self.block_size, seq.page_table, seq.token_ids
-        number_of, block_of, key_of, key_to = self._number_of, self._block_of, self._key_of, self._key
-        first, full = seq.num_published // size, min(seq.num_computed, seq.num_tokens) // size
-        if self._caching:
-            before = number_of[table[first - 1]] if first else 0
-            for block, start in zip(table[first:full], range(first * size, full * size, size), strict=True):
-                if key_of[block] is None:  # else a fork has published it, perhaps behind another block
-                    key = key_to(before, *token_ids[start : start + size])
-                    found = block_of.setdefault(key, block)
-                    if found == block:
-                        key_of[block] = key
-                    else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
-                        number_of[block] = number_of[found]
-                before = number_of[block]
-        seq.num_published = full * size
+        self._publish(seq, self._num_full(seq))
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks from the sequence, publishing the others where the first was published; it may start over."""
-        if seq.num_published and seq.page_table:
-            self.publish(seq)
+        """Take all blocks from the sequence, to be found by content where the first was published; it may start over."""
+        table, full = seq.page_table, 0
+        if seq.num_published and table:
+            if seq.num_published == self.block_size and self._key_of[table[0]] is not None:
+                full = self._num_full(seq)
+                numbers = [self._number_of[block] for block in table[:full]]
+                self._unpublished.setdefault(numbers[0], []).append((seq.token_ids, table[:full], numbers))
+            else:
+                self.publish(seq)
         # Last block first: a prefix is worth more the nearer it is to its beginning.
-        self._disown(reversed(seq.page_table))
-        del seq.page_table[:]
+        self._disown(reversed(table[full:]))
+        self._disown(reversed(table[:full]), findable=True)
+        del table[:]
         seq.num_computed = seq.num_published = seq.num_writable = 0
         self.num_releases += 1
 
@@ -220,6 +215,7 @@ class BlockManager:
         for source, count in self._readers.items():
             owners[source] += count
         self._owners = owners
+        self._unpublished.clear()
         self._key_of = [None] * self.num_blocks
         for key, block in self._block_of.items():
             self._key_of[block] = key
@@ -249,9 +245,54 @@ class BlockManager:
         free = [*self._blank, *self._cached]
         assert sorted(free) == [block for block in range(1, self.num_blocks) if owners[block] == 0]
         assert all(self._key_of[block] is None for block in self._blank)
-        assert None not in [self._key_of[block] for block in self._cached]
+        unpublished = {
+            block
+            for entries in self._unpublished.values()
+            for _, blocks, numbers in entries
+            for block, number in zip(blocks, numbers, strict=True)
+            if self._number_of[block] == number
+        }
+        assert all(self._key_of[block] is not None or block in unpublished for block in self._cached)
+        assert {self._number_of[block] for block in self._block_of.values()}.issuperset(self._unpublished)
         assert {key: block for block, key in enumerate(self._key_of) if key is not None} == self._block_of
         assert len({self._number_of[block] for block in self._block_of.values()} - {0}) == len(self._block_of)
+
+    def _num_full(self, seq: Sequence) -> int:
+        """Blocks full of computed tokens, those of a draft not counted."""
+        return min(seq.num_computed, seq.num_tokens) // self.block_size
+
+    def _publish(self, seq: Sequence, full: int) -> None:
+        """Make the first `full` blocks of a sequence findable."""
+        if self._caching:
+            self._name(seq.token_ids, seq.page_table, seq.num_published // self.block_size, full)
+        seq.num_published = full * self.block_size
+
+    def _publish_all(self, number: int, running: Iterable[Sequence]) -> None:
+        """Make findable what follows the first block of this number, in running sequences and those that have left."""
+        for seq in running:
+            if self._num_full(seq) * self.block_size > seq.num_published > 0 and self._number_of[seq.page_table[0]] == number:
+                self.publish(seq)
+        for token_ids, blocks, numbers in self._unpublished.pop(number, ()):
+            intact = [self._number_of[block] == old for block, old in zip(blocks, numbers, strict=True)]
+            self._name(token_ids, blocks, 1, [*intact, False].index(False))
+            for block in itertools.compress(blocks, intact):
+                if self._key_of[block] is None and block in self._cached:  # it is not needed: another has the same content
+                    del self._cached[block]
+                    self._blank.append(block)
+
+    def _name(self, token_ids: list[int], blocks: array[int], first: int, stop: int) -> None:
+        """Give their keys to blocks first .. stop - 1 of those that hold these tokens."""
+        size, number_of, block_of, key_of, key = self.block_size, self._number_of, self._block_of, self._key_of, self._key
+        before = number_of[blocks[first - 1]] if first else 0
+        for block, start in zip(blocks[first:stop], range(first * size, stop * size, size), strict=True):
+            if key_of[block] is None:  # else a fork has published it, perhaps behind another block
+                name = key(before, *token_ids[start : start + size])
+                found = block_of.setdefault(name, block)
+                if found == block:
+                    key_of[block] = name
+                else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
+                    number_of[block] = number_of[found]
+            before = number_of[block]
 
     def _is_shared(self, block: int) -> bool:
         """Whether several sequences have it. Being copied from does not count: copies are made before anyone writes."""
@@ -267,25 +308,27 @@ class BlockManager:
                 block = blank.pop()
             else:
                 block, _ = cached.popitem(last=False)
-                del block_of[key_of[block]]
-                key_of[block] = None
+                if key_of[block] is not None:
+                    del block_of[key_of[block]]
+                    key_of[block] = None
+                    self._unpublished.pop(number_of[block], None)  # nobody will look for what came after it
             number_of[block], owners[block] = number, 1
             taken.append(block)
         return taken
 
-    def _disown(self, blocks: Iterable[int]) -> None:
-        """One owner less of each; those without any are free."""
+    def _disown(self, blocks: Iterable[int], findable: bool = False) -> None:
+        """One owner less of each; those without any are free, and kept where their content is `findable` or has its key."""
         self._peak_used = self.peak_used
         owners, key_of, copies = self._owners, self._key_of, self._copies
         for block in blocks:
-            owners[block] -= 1
-            if owners[block]:
+            owners[block] = num_left = owners[block] - 1
+            if num_left:
                 continue
             if block in copies:  # nobody needs the copy any more
                 source = copies.pop(block)
                 self._readers[source] -= 1
                 self._disown([source])
-            if key_of[block] is None:
-                self._blank.append(block)
-            else:
+            if findable or key_of[block] is not None:
                 self._cached[block] = None
+            else:
+                self._blank.append(block)
