@@ -534,8 +534,11 @@ def test_guesses_take_no_budget_from_decodes_nor_blocks_from_anyone():
             seq.draft.clear()  # all wrong
             seq.num_computed = min(seq.num_computed + count, seq.num_tokens)
             blocks.shrink(seq, seq.num_tokens)
-            if seq.num_computed == seq.num_tokens and seq.num_tokens < 12:
+            if seq.num_computed == seq.num_tokens < 12:
                 seq.token_ids.append(step)
+            elif seq.num_computed == 12:
+                blocks.fork(seq)  # and its blocks stay taken
+                scheduler.remove(seq)
     assert scheduler.num_preemptions == 0
     assert {seq.num_tokens for seq in sequences} == {12}
 

@@ -226,8 +226,12 @@ HEADER = (
 # ---- the scheduler by itself
 
 
-def bench_policy(num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Lengths(512, 256), block_size: int = 16) -> dict:
+def bench_policy(
+    num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Lengths(512, 256), block_size: int = 16, num_waiting: int = 0
+) -> dict:
     """A row: microseconds a step of scheduling and block-keeping, without a model, with `num_seqs` sequences always running.
+
+    With `num_waiting`, so many more are always there, and what keeps them out is the pool: it holds `num_seqs` of mean length.
 
     Timed is all that an engine asks of the scheduler and the block manager in a step: remove what has ended, add what comes,
     choose, allocate, reserve room for the step ahead where all decode (`Ahead`), and advance. As one sequence ends the next one
@@ -239,14 +243,16 @@ def bench_policy(num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Leng
     # The time of this thread, which other programs do not lengthen; Windows counts that in ticks of 16 ms.
     clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
     rng = random.Random()
-    scheduler = Scheduler(BlockManager(num_seqs * -(-lengths.longest // block_size) + 1, block_size), num_seqs, 8192)
+    num_tokens = lengths.prompt_tokens + lengths.tokens if num_waiting else lengths.longest
+    blocks = BlockManager(max(num_seqs * -(-num_tokens // block_size), -(-lengths.longest // block_size)) + 1, block_size)
+    scheduler = Scheduler(blocks, num_seqs + num_waiting, 8192)
 
     def draw(ahead: float = 0) -> TokenSequence:
         num_prompt, num_new = lengths.draw(rng)
         token_ids = [rng.randrange(32000) for _ in range(num_prompt + int(ahead * (num_new - 1)))]
         return TokenSequence(token_ids, num_prompt, num_prompt + num_new)
 
-    arriving, ended = [draw(ahead=rng.random()) for _ in range(num_seqs)], []  # at random places of their answers
+    arriving, ended = [draw(ahead=rng.random()) for _ in range(num_seqs + num_waiting)], []  # at random places of their answers
     seconds, choosing, decoding = [], [], []
     warm_up = 20 + num_seqs * 4 * lengths.prompt_tokens // 8192  # until all run
     for step in range(warm_up + steps):
@@ -272,7 +278,7 @@ def bench_policy(num_seqs: int = 256, steps: int = 2000, lengths: Lengths = Leng
         arriving = [draw() for _ in ended]
     seconds, choosing = seconds[warm_up:], choosing[warm_up:]
     return {
-        "case": f"policy at {num_seqs} sequences",
+        "case": f"policy at {num_seqs} sequences" + (f", {num_waiting} more than the pool holds" if num_waiting else ""),
         "us": 1e6 * statistics.median(seconds),
         "p99_us": 1e6 * percentile(seconds, 99),
         "schedule_us": 1e6 * statistics.median(choosing),

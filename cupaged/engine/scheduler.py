@@ -38,6 +38,7 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: list[Sequence] = []  # both in the order of rank
         self.running: list[Sequence] = []
+        self._behind: list[Sequence] = []  # of those running, the ones with more to compute than their last token
         self.num_preemptions = 0
         self.num_looked_up = self.num_found = 0  # tokens of admitted sequences; of them, found in the prefix cache
         self._arrivals = itertools.count()
@@ -55,6 +56,8 @@ class Scheduler:
         self._number(child)
         if len(self.running) < self.max_num_seqs:
             bisect.insort(self.running, child, key=_rank)
+            if seq in self._behind:
+                bisect.insort(self._behind, child, key=_rank)
         else:
             self.blocks.release(child)
             bisect.insort(self.waiting, child, key=_rank)
@@ -78,9 +81,9 @@ class Scheduler:
         The tokens are those of token_ids from num_computed on, then those of the draft, which is dropped where it has no room.
         """
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
-        decoding, prefills = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed == 1], []
-        if len(decoding) < len(self.running):
-            prefills = [seq for seq in self.running if len(seq.token_ids) - seq.num_computed > 1]
+        behind, self._behind = self._behind, []
+        late = set(behind)
+        decoding = [seq for seq in self.running if seq not in late] if late else self.running[:]
         for seq in decoding[budget:]:
             seq.draft.clear()
         del decoding[budget:]
@@ -92,11 +95,12 @@ class Scheduler:
             decoding = [seq for seq in decoding if seq.page_table]
         budget -= len(decoding)
         chunks: list[tuple[Sequence, int]] = []
-        for seq in prefills:
-            count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
-            if count and seq.page_table and self._grow(seq, count):
-                chunks.append((seq, count))
-                budget -= count
+        for seq in behind:
+            if seq.page_table:
+                count = self._chunk(seq, budget)
+                if count and self._grow(seq, count):
+                    chunks.append((seq, count))
+                    budget -= count
             while decoding and not decoding[-1].page_table:  # preempted for this one
                 decoding.pop()
                 budget += 1
@@ -116,8 +120,13 @@ class Scheduler:
 
     def reserve(self, sequences: list[Sequence]) -> list[int]:
         """Which of these decodes go on behind the token that they are about to get: their places; none if not all have room."""
-        going = [place for place, seq in enumerate(sequences) if seq.num_computed + 2 < seq.max_tokens]
-        full = [seq for seq in sequences if seq.num_writable < seq.num_computed + 2 < seq.max_tokens]
+        going, full = [], []
+        for place, seq in enumerate(sequences):
+            num_tokens = seq.num_computed + 2
+            if num_tokens < seq.max_tokens:
+                going.append(place)
+                if num_tokens > seq.num_writable:
+                    full.append(seq)
         return going if self.blocks.begin_blocks(full) else []  # or somebody is about to be preempted
 
     def recover(self, others: Iterable[Sequence] = ()) -> None:
@@ -127,7 +136,7 @@ class Scheduler:
         """
         mine = list(dict.fromkeys([*self.running, *self.waiting]))
         self.blocks.reconcile([*mine, *others])
-        self.running, self.waiting = [], sorted(mine, key=_rank)
+        self.running, self._behind, self.waiting = [], [], sorted(mine, key=_rank)
         for seq in mine:
             seq.draft.clear()
             self.blocks.release(seq)
@@ -146,10 +155,17 @@ class Scheduler:
                 self.num_found += seq.num_computed
             bisect.insort(self.running, seq, key=_rank)
             del self.waiting[0]
-            count = min(seq.num_tokens - seq.num_computed, budget, seq.max_chunk or budget)
-            chosen.append((seq, count))
-            budget -= count
+            chosen.append((seq, self._chunk(seq, budget)))
+            budget -= chosen[-1][1]
         return budget
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """How many of the tokens that a running sequence is behind with are its turn now."""
+        num_left = seq.num_tokens - seq.num_computed
+        count = min(num_left, budget, seq.max_chunk or budget)
+        if num_left - count > 1:
+            bisect.insort(self._behind, seq, key=_rank)
+        return count
 
     def _growth(self, seq: Sequence) -> int:
         """The most blocks that `seq` and the running ones are expected to take, less those that come back meanwhile.
