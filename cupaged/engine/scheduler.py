@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -11,16 +12,6 @@ from cupaged.engine.block_manager import BlockManager
 from cupaged.engine.sequence import Sequence
 
 _rank = attrgetter("priority", "arrival")
-
-
-def _num_missing(seq: Sequence, mean: int, block_size: int) -> int:
-    """Blocks that a sequence still lacks for the length at which it is expected to end.
-
-    It generates `mean` tokens, as others did; or twice as many if it has those, and so on; at most up to max_tokens.
-    """
-    num_tokens = len(seq.token_ids)
-    end = min(num_tokens + mean - (num_tokens - seq.num_prompt_tokens) % mean, seq.max_tokens)
-    return max(-(-end // block_size) - len(seq.page_table), 0)  # a draft may have brought it more
 
 
 class Scheduler:
@@ -45,6 +36,7 @@ class Scheduler:
         self._refused: tuple[Sequence, int] | None = None  # who was not admitted last, and `num_releases` then
         self._num_ended = 0
         self._mean_length: float = blocks.capacity  # tokens that these generated, late ones counting more; at first, no limit
+        self._usual_length = blocks.capacity  # what it was when the running ones were looked at last (`_foresee`)
 
     def add(self, seq: Sequence) -> None:
         self._number(seq)
@@ -68,6 +60,10 @@ class Scheduler:
         if seq.page_table:
             self._num_ended += 1
             self._mean_length += (seq.num_tokens - seq.num_prompt_tokens - self._mean_length) / min(self._num_ended, 256)
+            if abs(self._mean_length - self._usual_length) * 2 > self.blocks.block_size:
+                self._usual_length = max(1, round(self._mean_length))
+                for each in self.running:
+                    self._foresee(each)
         for group in (self.running, self.waiting):
             place = bisect.bisect_left(group, _rank(seq), key=_rank)
             if place < len(group) and group[place] is seq:
@@ -143,10 +139,11 @@ class Scheduler:
 
     def _admit(self, budget: int, chosen: list[tuple[Sequence, int]]) -> int:
         """Let waiting sequences run, in order, as far as `budget` and the pool reach; what is left of the budget."""
+        endings: defaultdict[int, list[int]] = defaultdict(list)  # what `_growth` has found out for all who are admitted now
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             now = (seq, self.blocks.num_releases)
-            if self._refused == now or not self.blocks.admit(seq, self.running, self._growth(seq)):
+            if self._refused == now or not self.blocks.admit(seq, self.running, self._growth(seq, endings)):
                 self._refused = now  # a long prompt is not looked up in vain at every step
                 break
             if seq.num_cached < 0:  # else it finds what it computed itself before it was preempted
@@ -155,6 +152,8 @@ class Scheduler:
                 self.num_found += seq.num_computed
             bisect.insort(self.running, seq, key=_rank)
             del self.waiting[0]
+            if endings:
+                endings[seq.num_foreseen - len(seq.page_table)].append(len(seq.page_table))
             chosen.append((seq, self._chunk(seq, budget)))
             budget -= chosen[-1][1]
         return budget
@@ -167,30 +166,42 @@ class Scheduler:
             bisect.insort(self._behind, seq, key=_rank)
         return count
 
-    def _growth(self, seq: Sequence) -> int:
+    def _growth(self, seq: Sequence, endings: dict[int, list[int]]) -> int:
         """The most blocks that `seq` and the running ones are expected to take, less those that come back meanwhile.
 
         Looked at is the time until `seq` ends or has as many tokens again: from then on it has gained more by being admitted
-        now than a preemption, which has it computed once more, takes.
+        now than a preemption, which has it computed once more, takes. `endings` holds the blocks that each of the running ones
+        has, by the number that it still takes; it is filled where it is needed first.
         """
         if not self.running:  # a sequence alone always fits
             return 0
-        size, mean = self.blocks.block_size, max(1, round(self._mean_length))
-        num_pages, alive = -(-seq.num_tokens // size), len(self.running) + 1
-        horizon = min(num_pages, _num_missing(seq, mean, size) - num_pages)
+        self._foresee(seq)
+        num_pages, alive = -(-seq.num_tokens // self.blocks.block_size), len(self.running) + 1
+        horizon = min(num_pages, seq.num_foreseen - num_pages)
         if num_pages + alive * horizon <= self.blocks.num_free:
             return alive * horizon
-        ending, ending_pages = [0] * (horizon + 1), [0] * (horizon + 1)  # of those running, by the blocks that they still take
-        for each in self.running:
-            num_missing = min(_num_missing(each, mean, size), horizon)
-            ending[num_missing] += 1
-            ending_pages[num_missing] += len(each.page_table)
+        if not endings:
+            for each in self.running:
+                num_held = len(each.page_table)
+                if num_held > each.num_foreseen:
+                    self._foresee(each)
+                endings[each.num_foreseen - num_held].append(num_held)
         most = given_back = 0
         for num_taken in range(1, horizon + 1):
-            alive -= ending[num_taken - 1]
+            ending = endings.get(num_taken - 1, ())
+            alive -= len(ending)
             most = max(most, alive * num_taken - given_back)
-            given_back += ending_pages[num_taken - 1]  # only now: within a block's time one may take it before another ends
+            given_back += sum(ending)  # only now: within a block's time one may take it before another ends
         return most
+
+    def _foresee(self, seq: Sequence) -> None:
+        """Note how many blocks a sequence is expected to have when it ends.
+
+        It generates as many tokens as others did; or twice as many if it has those, and so on; at most up to max_tokens.
+        """
+        usual, num_tokens = self._usual_length, len(seq.token_ids)
+        end = min(num_tokens + usual - (num_tokens - seq.num_prompt_tokens) % usual, seq.max_tokens)
+        seq.num_foreseen = max(-(-end // self.blocks.block_size), len(seq.page_table))  # a draft may have brought it more
 
     def _grow(self, seq: Sequence, count: int) -> bool:
         """Make room for the next `count` tokens of a running sequence, at the cost of later ones; False if it had to go."""

@@ -28,6 +28,7 @@ class Sequence:
     num_writable: int = 0  # from num_computed up to here there is room, in blocks that no other sequence has
     num_cached: int = -1  # tokens that were found in the pool when it was admitted first; -1: not admitted yet
     num_published: int = 0  # leading tokens, in full blocks that can be found by their content
+    num_foreseen: int = 0  # blocks that it is expected to have when it ends: see the scheduler
 
     @property
     def num_tokens(self) -> int:
