@@ -5,11 +5,19 @@ from __future__ import annotations
 import itertools
 import struct
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cupaged.engine.sequence import Sequence
+
+
+@dataclass(eq=False)
+class _Left:
+    """Full blocks that a sequence has left behind; this is their one owner. They are used again from the last one on."""
+
+    blocks: deque[int]
+    token_ids: list[int] | None = None  # of all these blocks, where only the first has its key as yet
 
 
 class BlockManager:
@@ -24,19 +32,18 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._caching = enable_prefix_caching
-        self._owners = [0] * num_blocks
+        self._owners = [0] * num_blocks  # sequences, copies to be made, or the one `_Left`
         self._blank = list(range(num_blocks - 1, 0, -1))  # without an owner and nothing to lose: used first, from the end
-        self._cached: OrderedDict[int, None] = OrderedDict()  # without an owner, but to be found: used next, in this order
-        # The key to a full block: the number of the block before it (0: none), and its tokens. A block gets a new number when
-        # it is taken, so a number stands for all tokens up to there: what is found is equal, and not only of an equal hash.
+        self._left: OrderedDict[_Left, None] = OrderedDict()  # with those that nobody has but that may be found: used next
+        self._left_in: dict[int, _Left] = {}  # where those of them are that have a key
+        self._num_cached = 0  # how many are left behind
+        # The key to a full block: the number of the block before it (0: none), and its tokens. A block gets a new number with
+        # its key, so a number stands for all tokens up to there: what is found is equal, and not only of an equal hash.
         self._numbers = itertools.count(1)
         self._number_of = [0] * num_blocks
         self._key = struct.Struct(f"q{block_size}i").pack
         self._block_of: dict[bytes, int] = {}
         self._key_of: list[bytes | None] = [None] * num_blocks  # of those that can be found
-        # What is left of sequences that had published their first block only, by its number: their tokens, their full blocks,
-        # and the numbers of these, which tell whether somebody has taken them since.
-        self._unpublished: dict[int, list[tuple[list[int], array[int], list[int]]]] = {}
         self._copies: dict[int, int] = {}  # target -> source, whose owner each is too until `copied`
         self._readers: Counter[int] = Counter()  # source -> how many copies will be made of it
         self.num_releases = 0  # how often a sequence has given its blocks back
@@ -50,7 +57,7 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks without an owner, cached ones included."""
-        return len(self._blank) + len(self._cached)
+        return len(self._blank) + self._num_cached
 
     @property
     def num_used(self) -> int:
@@ -64,7 +71,7 @@ class BlockManager:
     @property
     def num_cached(self) -> int:
         """Blocks without an owner whose content can still be found."""
-        return len(self._cached)
+        return self._num_cached
 
     def unused_slots(self, sequences: Iterable[Sequence]) -> int:
         """Slots of used blocks that hold no token: the pool's waste, the sequences being all that live."""
@@ -89,17 +96,19 @@ class BlockManager:
                 block = self._block_of.get(self._key(before, *seq.token_ids[start : start + size]))
                 if block is None:
                     break
-                before = self._number_of[block]
                 if not found:
-                    self._publish_all(before, running)
+                    self._publish_all(block, running)
+                before = self._number_of[block]
                 found.append(block)
-        num_shared = sum(self._owners[block] > 0 for block in found)
+        num_shared = sum(block not in self._left_in for block in found)
         if -(-seq.num_tokens // self.block_size) - num_shared + spare > self.num_free:
             return False
         for block in found:
-            self._owners[block] += 1
+            if block in self._left_in:
+                self._take_over(block)
+            else:
+                self._owners[block] += 1
             seq.page_table.append(block)
-            self._cached.pop(block, None)
         seq.num_computed = seq.num_published = len(found) * self.block_size
         return self.grow(seq, seq.num_tokens)
 
@@ -116,7 +125,7 @@ class BlockManager:
         if first < end:  # else it begins a block, as most decodes do that get here
             shared = [index for index in range(first, end) if self._is_shared(table[index])]
             pages = max(pages, end)
-        if len(shared) + pages - end > len(self._blank) + len(self._cached):
+        if len(shared) + pages - end > self.num_free:
             return False
         for index in shared:
             [block], old = self._take(1), table[index]
@@ -164,7 +173,7 @@ class BlockManager:
         if num_tokens >= seq.num_computed and keep >= len(seq.page_table):
             return
         seq.num_computed, seq.num_writable = min(seq.num_computed, num_tokens), 0
-        self._disown(reversed(seq.page_table[keep:]))
+        self._disown(seq.page_table[keep:])
         del seq.page_table[keep:]
 
     def advance(self, scheduled: Iterable[tuple[Sequence, int]]) -> None:
@@ -185,16 +194,14 @@ class BlockManager:
     def release(self, seq: Sequence) -> None:
         """Take all blocks from the sequence, to be found by content where the first was published; it may start over."""
         table, full = seq.page_table, 0
-        if seq.num_published and table:
-            if seq.num_published == self.block_size and self._key_of[table[0]] is not None:
-                full = self._num_full(seq)
-                numbers = [self._number_of[block] for block in table[:full]]
-                self._unpublished.setdefault(numbers[0], []).append((seq.token_ids, table[:full], numbers))
-            else:
-                self.publish(seq)
-        # Last block first: a prefix is worth more the nearer it is to its beginning.
-        self._disown(reversed(table[full:]))
-        self._disown(reversed(table[:full]), findable=True)
+        if seq.num_published == self.block_size and table and self._key_of[table[0]] is not None:
+            full = self._num_full(seq)
+            if sum(map(self._owners.__getitem__, table[:full])) > full:  # others have some of them
+                full = 0
+        if not full and seq.num_published and table:
+            self.publish(seq)
+        self._disown(table[full:])
+        self._leave(table[:full], seq.token_ids)
         del table[:]
         seq.num_computed = seq.num_published = seq.num_writable = 0
         self.num_releases += 1
@@ -215,13 +222,18 @@ class BlockManager:
         for source, count in self._readers.items():
             owners[source] += count
         self._owners = owners
-        self._unpublished.clear()
         self._key_of = [None] * self.num_blocks
         for key, block in self._block_of.items():
             self._key_of[block] = key
-        free = [block for block in [*self._cached, *range(1, self.num_blocks)] if owners[block] == 0]
-        self._blank = [block for block in set(free) if self._key_of[block] is None]
-        self._cached = OrderedDict.fromkeys(block for block in free if self._key_of[block] is not None)
+        left = [block for each in self._left for block in reversed(each.blocks)]
+        free = [block for block in dict.fromkeys([*left, *range(1, self.num_blocks)]) if owners[block] == 0]
+        self._blank, self._num_cached = [block for block in free if self._key_of[block] is None], 0
+        self._left.clear()
+        self._left_in.clear()
+        kept = [block for block in reversed(free) if self._key_of[block] is not None]
+        for block in kept:
+            owners[block] = 1
+        self._leave(kept)
 
     def validate(self, sequences: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the books agree with the page tables of all living sequences."""
@@ -236,24 +248,26 @@ class BlockManager:
             assert owners[target] == 1
             assert target not in self._copies.values()
         assert self._readers == Counter(self._copies.values())
+        cached = [block for left in self._left for block in left.blocks]
+        assert self._num_cached == len(cached)
+        assert not any(owners[block] for block in cached)
+        assert self._left_in == {
+            block: left for left in self._left for block in left.blocks if self._key_of[block] is not None
+        }
+        for left in self._left:
+            assert self._key_of[left.blocks[0]] is not None
+            assert left.token_ids is not None or all(block in self._left_in for block in left.blocks)
+        free = [*self._blank, *cached]
+        assert sorted(free) == [block for block in range(1, self.num_blocks) if owners[block] == 0]
+        for block in cached:
+            owners[block] = 1
         assert owners == self._owners
         for seq in sequences:
             first, last = seq.num_computed // self.block_size, seq.num_writable // self.block_size
             assert last in (0, len(seq.page_table))
             assert not any(map(self._is_shared, seq.page_table[first:last]))
         assert owners[0] == 0
-        free = [*self._blank, *self._cached]
-        assert sorted(free) == [block for block in range(1, self.num_blocks) if owners[block] == 0]
         assert all(self._key_of[block] is None for block in self._blank)
-        unpublished = {
-            block
-            for entries in self._unpublished.values()
-            for _, blocks, numbers in entries
-            for block, number in zip(blocks, numbers, strict=True)
-            if self._number_of[block] == number
-        }
-        assert all(self._key_of[block] is not None or block in unpublished for block in self._cached)
-        assert {self._number_of[block] for block in self._block_of.values()}.issuperset(self._unpublished)
         assert {key: block for block, key in enumerate(self._key_of) if key is not None} == self._block_of
         assert len({self._number_of[block] for block in self._block_of.values()} - {0}) == len(self._block_of)
 
@@ -267,20 +281,21 @@ class BlockManager:
             self._name(seq.token_ids, seq.page_table, seq.num_published // self.block_size, full)
         seq.num_published = full * self.block_size
 
-    def _publish_all(self, number: int, running: Iterable[Sequence]) -> None:
-        """Make findable what follows the first block of this number, in running sequences and those that have left."""
+    def _publish_all(self, first: int, running: Iterable[Sequence]) -> None:
+        """Make findable what follows this first block in running sequences, or in the one that has left it behind."""
+        number = self._number_of[first]
         for seq in running:
             if self._num_full(seq) * self.block_size > seq.num_published > 0 and self._number_of[seq.page_table[0]] == number:
                 self.publish(seq)
-        for token_ids, blocks, numbers in self._unpublished.pop(number, ()):
-            intact = [self._number_of[block] == old for block, old in zip(blocks, numbers, strict=True)]
-            self._name(token_ids, blocks, 1, [*intact, False].index(False))
-            for block in itertools.compress(blocks, intact):
-                if self._key_of[block] is None and block in self._cached:  # it is not needed: another has the same content
-                    del self._cached[block]
-                    self._blank.append(block)
+        left = self._left_in.get(first)
+        if left is not None and left.token_ids is not None:
+            blocks = list(left.blocks)
+            self._name(left.token_ids, blocks, 1, len(blocks))
+            self._disown(blocks)  # those without a key are not needed: others have the same content
+            del self._left[left]
+            self._num_cached -= len(blocks)
 
-    def _name(self, token_ids: list[int], blocks: array[int], first: int, stop: int) -> None:
+    def _name(self, token_ids: list[int], blocks: array[int] | list[int], first: int, stop: int) -> None:
         """Give their keys to blocks first .. stop - 1 of those that hold these tokens."""
         size, number_of, block_of, key_of, key = self.block_size, self._number_of, self._block_of, self._key_of, self._key
         before = number_of[blocks[first - 1]] if first else 0
@@ -289,7 +304,7 @@ class BlockManager:
                 name = key(before, *token_ids[start : start + size])
                 found = block_of.setdefault(name, block)
                 if found == block:
-                    key_of[block] = name
+                    key_of[block], number_of[block] = name, next(self._numbers)
                 else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
                     number_of[block] = number_of[found]
             before = number_of[block]
@@ -300,26 +315,29 @@ class BlockManager:
 
     def _take(self, count: int) -> list[int]:
         """The blocks to be used next, their content forgotten."""
-        blank, cached, block_of, key_of = self._blank, self._cached, self._block_of, self._key_of
-        owners, number_of = self._owners, self._number_of
-        taken: list[int] = []
-        for number in itertools.islice(self._numbers, count):
-            if blank:
-                block = blank.pop()
-            else:
-                block, _ = cached.popitem(last=False)
+        key_of = self._key_of
+        taken = self._blank[: -count - 1 : -1]
+        del self._blank[len(self._blank) - len(taken) :]
+        for block in taken:
+            self._owners[block] = 1
+        while len(taken) < count:
+            left = next(iter(self._left))
+            blocks = [left.blocks.pop() for _ in range(min(count - len(taken), len(left.blocks)))]
+            self._num_cached -= len(blocks)
+            if not left.blocks:
+                del self._left[left]
+            for block in blocks:
                 if key_of[block] is not None:
-                    del block_of[key_of[block]]
+                    del self._block_of[key_of[block]], self._left_in[block]
                     key_of[block] = None
-                    self._unpublished.pop(number_of[block], None)  # nobody will look for what came after it
-            number_of[block], owners[block] = number, 1
-            taken.append(block)
+            taken += blocks
         return taken
 
-    def _disown(self, blocks: Iterable[int], findable: bool = False) -> None:
-        """One owner less of each; those without any are free, and kept where their content is `findable` or has its key."""
+    def _disown(self, blocks: Iterable[int]) -> None:
+        """One owner less of each; those without any are free, and left behind where they have a key."""
         self._peak_used = self.peak_used
         owners, key_of, copies = self._owners, self._key_of, self._copies
+        kept = []
         for block in blocks:
             owners[block] = num_left = owners[block] - 1
             if num_left:
@@ -328,7 +346,27 @@ class BlockManager:
                 source = copies.pop(block)
                 self._readers[source] -= 1
                 self._disown([source])
-            if findable or key_of[block] is not None:
-                self._cached[block] = None
-            else:
+            if key_of[block] is None:
                 self._blank.append(block)
+            else:
+                owners[block] = 1
+                kept.append(block)
+        self._leave(kept)
+
+    def _leave(self, blocks: array[int] | list[int], token_ids: list[int] | None = None) -> None:
+        """Keep these blocks, which nobody has any more, until they are needed."""
+        if blocks:
+            left = _Left(deque(blocks), token_ids)
+            self._left[left] = None
+            self._num_cached += len(blocks)
+            for block in blocks:
+                if self._key_of[block] is not None:
+                    self._left_in[block] = left
+
+    def _take_over(self, block: int) -> None:
+        """A sequence has one of those that were left behind."""
+        left = self._left_in.pop(block)
+        left.blocks.remove(block)  # which is the first of them, or nearly
+        self._num_cached -= 1
+        if not left.blocks:
+            del self._left[left]
