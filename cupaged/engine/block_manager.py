@@ -251,12 +251,11 @@ class BlockManager:
         cached = [block for left in self._left for block in left.blocks]
         assert self._num_cached == len(cached)
         assert not any(owners[block] for block in cached)
-        assert self._left_in == {
-            block: left for left in self._left for block in left.blocks if self._key_of[block] is not None
-        }
+        found_in = {block: left for left in self._left for block in left.blocks if self._key_of[block] is not None}
+        assert found_in == self._left_in
         for left in self._left:
-            assert self._key_of[left.blocks[0]] is not None
-            assert left.token_ids is not None or all(block in self._left_in for block in left.blocks)
+            assert left.blocks[0] in found_in
+            assert left.token_ids is not None or found_in.keys() >= set(left.blocks)
         free = [*self._blank, *cached]
         assert sorted(free) == [block for block in range(1, self.num_blocks) if owners[block] == 0]
         for block in cached:
@@ -301,10 +300,11 @@ class BlockManager:
         before = number_of[blocks[first - 1]] if first else 0
         for block, start in zip(blocks[first:stop], range(first * size, stop * size, size), strict=True):
             if key_of[block] is None:  # else a fork has published it, perhaps behind another block
+                number_of[block] = next(self._numbers)  # before it can be found: its old one stands for other tokens
                 name = key(before, *token_ids[start : start + size])
                 found = block_of.setdefault(name, block)
                 if found == block:
-                    key_of[block], number_of[block] = name, next(self._numbers)
+                    key_of[block] = name
                 else:  # computed side by side: the first stays the findable one, and whatever follows either is the same
                     number_of[block] = number_of[found]
             before = number_of[block]

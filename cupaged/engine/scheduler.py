@@ -84,7 +84,7 @@ class Scheduler:
             seq.draft.clear()
         del decoding[budget:]
         full = [seq for seq in decoding if seq.num_computed >= seq.num_writable]
-        if not self.blocks.begin_blocks(full):
+        if full and not self.blocks.begin_blocks(full):
             for seq in full:
                 if seq.page_table:  # else it was preempted for an earlier one
                     self._grow(seq, 1)
