@@ -201,6 +201,23 @@ def test_policy_alone_keeps_all_sequences_running(monkeypatch):
     assert row["schedule_us"] * 0.5 < row["decode_us"] <= row["us"]
 
 
+def test_policy_with_a_full_pool_keeps_people_waiting(monkeypatch):
+    seen = []
+    schedule = serving.Scheduler.schedule
+
+    def spied(self: object) -> list:
+        scheduled = schedule(self)
+        seen.append((len(self.running), len(self.waiting)))
+        return scheduled
+
+    monkeypatch.setattr(serving.Scheduler, "schedule", spied)
+    row = bench_policy(num_seqs=64, steps=400, lengths=Lengths(40, 20), num_waiting=64)
+    assert row["case"] == "policy at 64 sequences, 64 more than the pool holds"
+    assert {sum(pair) for pair in seen} == {128}
+    assert 40 < statistics.mean(num_running for num_running, _ in seen[-400:]) < 90
+    assert 0 < row["schedule_us"] < row["us"] <= row["p99_us"] < 1e5
+
+
 def test_the_script_prints_a_table_and_writes_the_common_format(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "SWEEP_BYTES", 2**25)
 
@@ -234,8 +251,9 @@ def test_the_script_prints_a_table_and_writes_the_common_format(tmp_path, capsys
     result = json.loads((tmp_path / "serving_cpu.json").read_text())
     assert set(result) == {"machine", "limit_tbps", "limit_tflops", "date", "rows"}
     cases = ["concurrency 1 20+5", "concurrency 3 20+5", "rate 50/s 20+5"]
-    assert [row["case"] for row in result["rows"]] == ["policy at 256 sequences", *(f"tiny float32 {case}" for case in cases)]
-    assert all(row["tok_s"] > 0 and row["failed"] == 0 for row in result["rows"][1:])
-    assert all(0 < row["policy_share"] < 1 and row["policy_us"] > 0 for row in result["rows"][1:])
+    alone = ["policy at 256 sequences", "policy at 256 sequences, 64 more than the pool holds"]
+    assert [row["case"] for row in result["rows"]] == [*alone, *(f"tiny float32 {case}" for case in cases)]
+    assert all(row["tok_s"] > 0 and row["failed"] == 0 for row in result["rows"][2:])
+    assert all(0 < row["policy_share"] < 1 and row["policy_us"] > 0 for row in result["rows"][2:])
     assert all(row["case"] in out for row in result["rows"])
     assert run(*options, "--concurrency", 0) == ""

@@ -94,12 +94,16 @@ def capacity(args: argparse.Namespace, write: Write) -> None:
     _keep(args, result, "decode")
 
 
+_WAITING = 0, 64  # sequences that a full pool keeps out, in the measurements of policy alone
+
+
 def serving(args: argparse.Namespace, write: Write) -> None:
     """`bench serving`: many requests at once."""
     _check_outputs(args)
     lengths = Lengths(args.prompt_tokens, args.tokens, args.spread)
     if args.policy_only:
-        write(format_requests(bench_policy()) + "\n")
+        for num_waiting in _WAITING:
+            write(format_requests(bench_policy(num_waiting=num_waiting)) + "\n")
         return
     llm = LLM(
         args.model,
@@ -115,8 +119,8 @@ def serving(args: argparse.Namespace, write: Write) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         load_format=args.load_format,
     )
-    policy = bench_policy()
-    write(f"{format_requests(policy)}\n{HEADER}\n")
+    policy = [bench_policy(num_waiting=num_waiting) for num_waiting in _WAITING]
+    write("".join(f"{format_requests(row)}\n" for row in policy) + f"{HEADER}\n")
     result = bench_serving(
         llm,
         args.concurrency,
@@ -126,7 +130,7 @@ def serving(args: argparse.Namespace, write: Write) -> None:
         args.threads,
         report=lambda row: write(format_requests(row) + "\n"),
     )
-    result["rows"].insert(0, policy)
+    result["rows"][:0] = policy
     _keep(args, result, "serving")
 
 
