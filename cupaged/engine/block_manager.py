@@ -32,11 +32,11 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._caching = enable_prefix_caching
-        self._owners = [0] * num_blocks  # sequences, copies to be made, or the one `_Left`
+        self._owners = [0] * num_blocks  # how many sequences and copies to be made have each; or the one `_Left` has it
         self._blank = list(range(num_blocks - 1, 0, -1))  # without an owner and nothing to lose: used first, from the end
-        self._left: OrderedDict[_Left, None] = OrderedDict()  # with those that nobody has but that may be found: used next
+        self._left: OrderedDict[_Left, None] = OrderedDict()  # with the others that no sequence has: used next, in this order
         self._left_in: dict[int, _Left] = {}  # where those of them are that have a key
-        self._num_cached = 0  # how many are left behind
+        self._num_cached = 0  # how many they are
         # The key to a full block: the number of the block before it (0: none), and its tokens. A block gets a new number with
         # its key, so a number stands for all tokens up to there: what is found is equal, and not only of an equal hash.
         self._numbers = itertools.count(1)

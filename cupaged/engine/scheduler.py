@@ -29,6 +29,7 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: list[Sequence] = []  # both in the order of rank
         self.running: list[Sequence] = []
+        self._turns: list[tuple[Sequence, int]] = []  # each of those with one token, which is what most steps consist of
         self._behind: list[Sequence] = []  # of those running, the ones with more to compute than their last token
         self.num_preemptions = 0
         self.num_looked_up = self.num_found = 0  # tokens of admitted sequences; of them, found in the prefix cache
@@ -47,7 +48,7 @@ class Scheduler:
         child = self.blocks.fork(seq)
         self._number(child)
         if len(self.running) < self.max_num_seqs:
-            bisect.insort(self.running, child, key=_rank)
+            self._enter(child)
             if seq in self._behind:
                 bisect.insort(self._behind, child, key=_rank)
         else:
@@ -68,6 +69,8 @@ class Scheduler:
             place = bisect.bisect_left(group, _rank(seq), key=_rank)
             if place < len(group) and group[place] is seq:
                 del group[place]
+                if group is self.running:
+                    del self._turns[place]
                 break
         self.blocks.release(seq)
 
@@ -80,10 +83,13 @@ class Scheduler:
         behind, self._behind = self._behind, []
         late = set(behind)
         decoding = [seq for seq in self.running if seq not in late] if late else self.running[:]
+        turns = self._turns[:]
         for seq in decoding[budget:]:
             seq.draft.clear()
         del decoding[budget:]
-        full = [seq for seq in decoding if seq.num_computed >= seq.num_writable]
+        # One pass, not two, finds those that need more than a turn: passes over all sequences are most of what a step costs.
+        special = [seq for seq in decoding if seq.num_computed >= seq.num_writable or seq.draft]
+        full = [seq for seq in special if seq.num_computed >= seq.num_writable]
         if full and not self.blocks.begin_blocks(full):
             for seq in full:
                 if seq.page_table:  # else it was preempted for an earlier one
@@ -102,16 +108,9 @@ class Scheduler:
                 budget += 1
         if self.num_preemptions == num_preemptions:  # whoever had to leave in this step does not come back in it
             budget = self._admit(budget, chunks)
-        decodes = [(seq, 1) for seq in decoding]
-        for place in [place for place, seq in enumerate(decoding) if seq.draft]:
-            # Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all.
-            seq = decoding[place]
-            count = len(seq.draft)
-            if count <= budget and self.blocks.grow(seq, seq.num_tokens + count):
-                decodes[place] = seq, 1 + count
-                budget -= count
-            else:
-                seq.draft.clear()
+        decodes = turns if len(turns) == len(decoding) else [(seq, 1) for seq in decoding]
+        if any(seq.draft for seq in special):
+            self._add_drafts(decodes, budget)
         return decodes + chunks
 
     def reserve(self, sequences: list[Sequence]) -> list[int]:
@@ -132,7 +131,7 @@ class Scheduler:
         """
         mine = list(dict.fromkeys([*self.running, *self.waiting]))
         self.blocks.reconcile([*mine, *others])
-        self.running, self._behind, self.waiting = [], [], sorted(mine, key=_rank)
+        self.running, self._turns, self._behind, self.waiting = [], [], [], sorted(mine, key=_rank)
         for seq in mine:
             seq.draft.clear()
             self.blocks.release(seq)
@@ -150,13 +149,23 @@ class Scheduler:
                 seq.num_cached = seq.num_computed
                 self.num_looked_up += seq.num_tokens
                 self.num_found += seq.num_computed
-            bisect.insort(self.running, seq, key=_rank)
+            self._enter(seq)
             del self.waiting[0]
             if endings:
                 endings[seq.num_foreseen - len(seq.page_table)].append(len(seq.page_table))
             chosen.append((seq, self._chunk(seq, budget)))
             budget -= chosen[-1][1]
         return budget
+
+    def _add_drafts(self, decodes: list[tuple[Sequence, int]], budget: int) -> None:
+        """Guesses take what nobody else wants: they are verified whole, in blocks that are free, or not at all."""
+        for place, (seq, _) in enumerate(decodes):
+            count = len(seq.draft)
+            if 0 < count <= budget and self.blocks.grow(seq, seq.num_tokens + count):
+                decodes[place] = seq, 1 + count
+                budget -= count
+            else:
+                seq.draft.clear()
 
     def _chunk(self, seq: Sequence, budget: int) -> int:
         """How many of the tokens that a running sequence is behind with are its turn now."""
@@ -210,6 +219,12 @@ class Scheduler:
                 return False
         return True
 
+    def _enter(self, seq: Sequence) -> None:
+        """Let a sequence be one of those that run."""
+        place = bisect.bisect(self.running, _rank(seq), key=_rank)
+        self.running.insert(place, seq)
+        self._turns.insert(place, (seq, 1))
+
     def _number(self, seq: Sequence) -> None:
         seq.arrival = next(self._arrivals)
 
@@ -217,6 +232,7 @@ class Scheduler:
         seq = self.running[-1]
         bisect.insort(self.waiting, seq, key=_rank)  # always in one of the lists: see `recover`
         self.running.pop()
+        self._turns.pop()
         self.blocks.release(seq)
         seq.draft.clear()
         self.num_preemptions += 1
