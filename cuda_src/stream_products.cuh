@@ -98,6 +98,8 @@ struct Scales {  // and zeros, of a stage
 #ifndef MOST_UNDER_WAY
 #define MOST_UNDER_WAY (48 * 1024 / static_cast<int>(sizeof(Stage)))
 #endif
+// What is waited for is not yet overtaken; of two warpgroups one may be as far ahead of the other as it skips.
+static_assert(MOST_UNDER_WAY + (WIDE ? 3 : 0) <= STAGES);
 
 // The sums of a phase, on their way from who has them to who finishes them: each part of the inner dimension has its own.
 struct Turned {
